@@ -1,0 +1,1 @@
+"""Where text comes from. A module: Knobs, VERSION, READS, and `texts(...)` or `generate(...)`."""

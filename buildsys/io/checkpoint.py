@@ -1,0 +1,240 @@
+"""Tensors on disk: a model read one tensor at a time, a sharded model written in any order, and one small file at once.
+
+The format and its checks are in headers.py. Reading goes through pread into fresh memory: a file that is cut short while it is mapped
+ends the process with SIGBUS, and mapped pages stay in the process's account.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from buildsys.errors import BuildError
+from buildsys.io import headers
+from buildsys.io.headers import INDEX, SINGLE, Entry
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_PIECE_BYTES = 16 << 20
+"""A tensor is read in pieces of this size, so that converting its type takes no second copy of the whole. A multiple of every width."""
+
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Tensor name -> (the format's name of its type, shape)."""
+
+
+class Checkpoint:
+    """A model's tensors by name. Every header has been checked before the first tensor is read; files stay closed in between."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._paths = dict(files)
+        self._found = headers.describe(files)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._found))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._found
+
+    def entry(self, name: str) -> Entry:
+        return self._find(name)[1]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self.entry(name).dtype]
+
+    def where(self, name: str) -> str:
+        """The file that holds a tensor, as errors call it."""
+        file = self._find(name)[0]
+        return headers.place(file, self._paths[file])
+
+    def load(self, name: str, dtype: torch.dtype | None = torch.float32, device: str = "cpu", *, finite: bool = True) -> Tensor:
+        """The tensor in memory of its own; `dtype=None` keeps the stored type.
+
+        NaN and Inf are refused, since arithmetic would spread them, unless `finite` is false: for a check that looks for them itself.
+        """
+        file, entry = self._find(name)
+        where, stored = self.where(name), DTYPES[entry.dtype]
+        if dtype is not None and dtype.is_floating_point and not stored.is_floating_point:
+            fix = "give the model in F16, BF16 or F32, not one that is quantized already"
+            raise BuildError(where, f"tensor {name} holds {entry.dtype}; floating-point numbers are needed", fix)
+        return _fill(self._paths[file], name, entry, dtype or stored, device, where, finite)
+
+    def _find(self, name: str) -> tuple[str, Entry]:
+        if name not in self._found:
+            where = next((headers.place(file, self._paths[file]) for file in (INDEX, SINGLE) if file in self._paths), "model")
+            raise BuildError(where, f"has no tensor {name}", "check that config.json and the weights are of one model")
+        return self._found[name]
+
+
+def _fill(path: Path, name: str, entry: Entry, dtype: torch.dtype, device: str, where: str, finite: bool) -> Tensor:
+    """A fresh tensor with the entry's values in `dtype`, read piece by piece."""
+    stored = DTYPES[entry.dtype]
+    filled = torch.empty(entry.shape, dtype=dtype, device=device)
+    flat, width = filled.view(-1), headers.WIDTHS[entry.dtype]
+    piece = torch.empty(min(_PIECE_BYTES, entry.bytes), dtype=torch.uint8)
+    with path.open("rb", buffering=0) as file:
+        for start in range(entry.start, entry.end, _PIECE_BYTES):
+            raw = piece[: min(_PIECE_BYTES, entry.end - start)]
+            _pread(file.fileno(), raw, start, where)
+            values, first = raw.view(stored), (start - entry.start) // width
+            into = flat[first : first + values.numel()]
+            into.copy_(values)
+            if finite and stored.is_floating_point and not _is_finite(into):
+                what = f"does not fit {dtype}" if _is_finite(values.to(torch.float64)) else "holds NaN or Inf"
+                raise BuildError(where, f"tensor {name} {what}", "take the model from its publisher again, or another of its revisions")
+    return filled
+
+
+def _is_finite(values: Tensor) -> bool:
+    """NaN and Inf both show in the extremes: one pass over memory, no temporary of the same size."""
+    if values.dtype.itemsize == 1:
+        values = values.to(torch.float32)
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(values))
+
+
+def _pread(file: int, into: Tensor, offset: int, where: str) -> None:  # uint8 [bytes]
+    view = into.numpy().data
+    while view:
+        count = os.preadv(file, [view], offset)
+        if count == 0:
+            raise BuildError(where, f"became shorter while it was read: no byte {offset}", "leave a model's files alone while it is built")
+        view, offset = view[count:], offset + count
+
+
+class Writer:
+    """A model's weights, written as they come: the layout is known first, so each tensor has its place before it exists.
+
+    Files appear under their names in `close`, when all is there; until then they are hidden and partial. Equal tensors give equal bytes,
+    in whatever order they were added. Tensors may be added from several threads.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, metadata: Mapping[str, str], max_shard_bytes: int) -> None:
+        self._folder = folder
+        self._total_bytes = sum(headers.size(*held) for held in layout.values())
+        groups = _shards(layout, max_shard_bytes)
+        several = [f"model-{at:05}-of-{len(groups):05}.safetensors" for at in range(1, len(groups) + 1)]
+        self._names = several if len(groups) > 1 else [SINGLE]
+        self._places: dict[str, tuple[str, Entry]] = {}
+        self._added: set[str] = set()
+        for file, group in zip(self._names, groups, strict=True):
+            # transformers asks for "format" before it reads a file
+            prefix, header = headers.encode({name: layout[name] for name in group}, {"format": "pt", **metadata})
+            self._places |= {name: (file, entry) for name, entry in header.tensors.items()}
+            _start(_partial(folder / file), prefix, header.tensors.values())
+        self._order = tuple(layout)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor at its place; its type and shape must be the layout's."""
+        file, entry = self._places[name]
+        if name in self._added:
+            raise ValueError(f"{name} was written before")
+        _write_tensor(_partial(self._folder / file), name, entry, tensor)
+        self._added.add(name)
+
+    def close(self) -> list[str]:
+        """Make the files appear, durable and complete; their names, with the index last where there are several."""
+        missing = [name for name in self._order if name not in self._added]
+        if missing:
+            raise ValueError(f"{len(missing)} tensors were never written: {', '.join(missing[:3])}")
+        for file in self._names:
+            _appear(self._folder / file)
+        if len(self._names) == 1:
+            return list(self._names)
+        mapped = {name: self._places[name][0] for name in self._order}
+        text = json.dumps({"metadata": {"total_size": self._total_bytes}, "weight_map": mapped}, indent=2, sort_keys=True) + "\n"
+        _partial(self._folder / INDEX).write_text(text)
+        _appear(self._folder / INDEX)
+        return [*self._names, INDEX]
+
+
+def _shards(layout: Layout, max_shard_bytes: int) -> list[list[str]]:
+    """Names by shard, in layout order; a tensor larger than a shard gets one of its own."""
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, held in layout.items():
+        if groups[-1] and used + headers.size(*held) > max_shard_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += headers.size(*held)
+    return groups
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """One file, whole or not at all; equal tensors give equal bytes. The inverse of `load`."""
+    layout = {name: (NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in sorted(tensors)}
+    prefix, header = headers.encode(layout, metadata or {})
+    partial = _partial(path)
+    _start(partial, prefix, header.tensors.values())
+    for name, entry in header.tensors.items():
+        _write_tensor(partial, name, entry, tensors[name])
+    _appear(path)
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    """Every tensor of one file in its stored type. The inverse of `save`; its notes are in `headers.read(path).metadata`."""
+    found = headers.read(path).tensors
+    return {name: _fill(path, name, found[name], DTYPES[found[name].dtype], "cpu", str(path), finite=False) for name in sorted(found)}
+
+
+def _partial(path: Path) -> Path:
+    """Where a file grows: a fixed name, so that what a killed writer left is written over, not left beside."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def _start(partial: Path, prefix: bytes, entries: Iterable[Entry]) -> None:
+    with partial.open("wb") as file:
+        file.write(prefix)
+        file.truncate(max((entry.end for entry in entries), default=len(prefix)))
+
+
+def _write_tensor(partial: Path, name: str, entry: Entry, tensor: Tensor) -> None:
+    if tensor.dtype != DTYPES[entry.dtype] or tuple(tensor.shape) != entry.shape:
+        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, its place is for {entry.dtype} {list(entry.shape)}")
+    if not entry.bytes:
+        return
+    view = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    with partial.open("r+b", buffering=0) as file:
+        offset = entry.start
+        while view:
+            count = os.pwrite(file.fileno(), view, offset)
+            view, offset = view[count:], offset + count
+
+
+def _appear(path: Path) -> None:
+    """Rename a finished partial file to its name; both survive a loss of power."""
+    partial = _partial(path)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

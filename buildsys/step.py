@@ -1,0 +1,129 @@
+"""A step of a build and its keys. Constructive traces: Mokhov, Mitchell, Peyton Jones, "Build Systems a la Carte", 2018, section 5.
+
+A step's *real* key is a digest of everything that its output depends on: the step's kind and VERSION, the knobs that it reads, and the
+digests of the files that it reads from the steps before it. Equal keys are equal outputs, so a key found in the store is a finished
+step. Its *planned* key needs no outputs (the planned keys of its needs stand in for them), so it is known before anything runs.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+KEY_FORMAT = 1
+"""Bumped when a key is made of other things, or written in another way; every older key is then a miss."""
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with one spelling for each value: sorted keys, no spaces, ASCII, no NaN. Raises ValueError or TypeError on anything else."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def digest(value: Any) -> str:
+    """sha256 of the canonical JSON of `value`, in hex."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def reads(globs: tuple[str, ...], name: str) -> bool:
+    """Whether a step that reads `globs` of another's output reads its file `name`."""
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Another step's output under the name that this step calls it by, and which of its files are read."""
+
+    role: str
+    step: Step
+    files: tuple[str, ...] = ("*",)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node of the graph. Equal steps of different recipes compare equal and run once."""
+
+    kind: str  # which function of steps.py runs it
+    title: str  # what it does, for people
+    version: int
+    knobs: Mapping[str, Any]  # plain JSON; all of it is in the key
+    needs: tuple[Need, ...] = ()
+    after: tuple[Step, ...] = ()  # runs after these, whose outputs it does not read
+    heavy: bool = False  # runs in a child process that has torch
+    hints: Mapping[str, Any] = field(default_factory=dict)  # where to find inputs on this machine; never in a key
+    promises: Mapping[str, str] | None = None  # its output, name -> sha256, where that is known before it runs
+
+    @cached_property
+    def planned_key(self) -> str:
+        inputs = {need.role: [need.step.planned_key, sorted(need.files)] for need in self.needs}
+        return self._key(inputs)
+
+    def key(self, inputs: Mapping[str, str]) -> str:
+        """The real key, given for each role the digest of the files that are read (see `store.Artifact.digest`)."""
+        return self._key({need.role: inputs[need.role] for need in self.needs})
+
+    def _key(self, inputs: Mapping[str, Any]) -> str:
+        return digest({"key_format": KEY_FORMAT, "step": self.kind, "version": self.version, "knobs": self.knobs, "inputs": inputs})
+
+    def __hash__(self) -> int:
+        return hash(self.planned_key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Step) and self.planned_key == other.planned_key
+
+    def walk(self) -> Iterator[Step]:
+        """This step and all before it, each once, needs first."""
+        seen: dict[str, None] = {}
+
+        def visit(step: Step) -> Iterator[Step]:
+            if step.planned_key in seen:
+                return
+            seen[step.planned_key] = None
+            for before in (*(need.step for need in step.needs), *step.after):
+                yield from visit(before)
+            yield step
+
+        yield from visit(self)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a running step may use. No result depends on `threads` or `batch`; `device` is recorded beside it."""
+
+    threads: int = 1
+    batch: int = 1  # finished units of work that may wait for the one before them: more memory, less waiting
+    device: str = "cpu"  # or "cuda"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files that a step reads of one of its needs: those that it declared, and no others."""
+
+    files: Mapping[str, Path]
+
+    def path(self, name: str) -> Path:
+        return self.files[name]
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self.files))
+
+
+@dataclass(frozen=True)
+class Request:
+    """A step about to run: what it is, what it reads, and the folder that its output goes to (what a killed run left is still there)."""
+
+    kind: str
+    knobs: Mapping[str, Any]
+    hints: Mapping[str, Any]
+    inputs: Mapping[str, Mapping[str, Path]]
+    stage: Path
+    resources: Resources
+    sha256: Callable[[Path], str]
+
+    def read(self, role: str) -> Inputs:
+        return Inputs(self.inputs[role])

@@ -1,0 +1,233 @@
+"""Checkpoints: the safetensors library reads what we write and we read what it writes, to the bit, in bounded memory."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch as library
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from buildsys.errors import BuildError
+from buildsys.io import checkpoint, headers
+from buildsys.io.checkpoint import DTYPES, NAMES, Checkpoint, Writer, load, save
+from buildsys.io.headers import INDEX, SINGLE
+
+KINDS = ("F16", "BF16", "F32", "I32", "U8", "I64", "F8_E4M3")
+SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> dict[str, Tensor]:
+    """Any bits: of floats too, so NaN and -0 are among them."""
+    found: dict[str, Tensor] = {}
+    for name in draw(
+        st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=8), max_size=4, unique=True)
+    ):
+        dtype, shape = DTYPES[draw(st.sampled_from(KINDS))], draw(SHAPES)
+        size = dtype.itemsize * torch.Size(shape).numel()
+        raw = torch.frombuffer(bytearray(draw(st.binary(min_size=size, max_size=size)) + b"0"), dtype=torch.uint8)[:size].clone()
+        found[name] = raw.view(dtype).reshape(shape)
+    found.pop("__metadata__", None)
+    return found
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    def bits(tensor: Tensor) -> bytes:
+        return bytes(tensor.reshape(-1).view(torch.uint8).numpy())
+
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype and ours[name].shape == theirs[name].shape and bits(ours[name]) == bits(theirs[name])
+        for name in ours
+    )
+
+
+@settings(deadline=None)
+@given(held=tensors())
+def test_both_read_what_the_other_wrote(held: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    save(folder / "ours", held, {"format": "pt"})
+    library.save_file(held, folder / "theirs")
+    assert same(library.load_file(folder / "ours"), held)
+    assert same(load(folder / "theirs"), held)
+    assert same(load(folder / "ours"), held)
+
+
+def test_names_and_dtypes_match() -> None:
+    assert {DTYPES[name].itemsize == headers.WIDTHS[name] for name in DTYPES} == {True}
+    assert DTYPES.keys() == headers.WIDTHS.keys() and len(NAMES) == len(DTYPES)
+
+
+def test_equal_tensors_give_equal_bytes(tmp_path: Path) -> None:
+    a, b = torch.arange(6.0), torch.ones(3, dtype=torch.uint8)
+    save(tmp_path / "x", {"a": a, "b": b}, {"p": "1", "q": "2"})
+    save(tmp_path / "y", {"b": b, "a": a[None].expand(4, 6)[2]}, {"q": "2", "p": "1"})
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+    assert headers.read(tmp_path / "x").metadata == {"p": "1", "q": "2"}
+
+
+def test_a_view_is_written_as_it_looks(tmp_path: Path) -> None:
+    grid = torch.arange(12.0).view(3, 4)
+    save(tmp_path / "x", {"t": grid.t(), "part": grid[:, 1:3]})
+    assert torch.equal(load(tmp_path / "x")["t"], grid.t()) and torch.equal(load(tmp_path / "x")["part"], grid[:, 1:3])
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "x", {"a": torch.zeros(4)})
+    before = (tmp_path / "x").read_bytes()
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left") as caught:  # unchanged: the caller knows how to word it
+        save(tmp_path / "x", {"a": torch.ones(4)})
+    assert caught.value.errno == errno.ENOSPC and (tmp_path / "x").read_bytes() == before
+    monkeypatch.undo()
+    save(tmp_path / "x", {"a": torch.ones(4)})  # over what the failed one left
+    assert [path.name for path in tmp_path.iterdir()] == ["x"] and torch.equal(load(tmp_path / "x")["a"], torch.ones(4))
+
+
+def model(folder: Path, held: dict[str, Tensor]) -> Checkpoint:
+    save(folder / SINGLE, held)
+    return Checkpoint({SINGLE: folder / SINGLE})
+
+
+def test_load_gives_own_memory_in_the_asked_type(tmp_path: Path) -> None:
+    weight = torch.randn(5, 7).bfloat16()
+    found = model(tmp_path, {"w": weight, "codes": torch.arange(3, dtype=torch.int32), "scalar": torch.tensor(2.5)})
+    assert found.names() == ("codes", "scalar", "w") and found.shape("w") == (5, 7) and found.dtype("w") == torch.bfloat16
+    assert found.load("w").dtype == torch.float32 and torch.equal(found.load("w"), weight.float())
+    assert torch.equal(found.load("w", None), weight) and torch.equal(found.load("w", torch.float16), weight.half())
+    assert found.load("scalar").shape == () and torch.equal(found.load("codes", None), torch.arange(3, dtype=torch.int32))
+    found.load("w").zero_()
+    assert torch.equal(found.load("w", None), weight)
+
+
+@pytest.mark.parametrize("piece", [8, 24, 64])
+def test_pieces_make_no_difference(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {name: torch.randn(37).to(DTYPES[name]) for name in ("F64", "F32", "F16", "BF16", "F8_E4M3")}
+    found = model(tmp_path, held)
+    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", piece)
+    assert all(torch.equal(found.load(name), held[name].float()) for name in held)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e5m2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_inf_are_refused_by_name(dtype: torch.dtype, value: float, tmp_path: Path) -> None:
+    weight = torch.zeros(9)
+    weight[7] = value
+    found = model(tmp_path, {"model.w": weight.to(dtype)})
+    with pytest.raises(BuildError, match=r"tensor model.w holds NaN or Inf") as caught:
+        found.load("model.w")
+    assert caught.value.where == str(tmp_path / SINGLE)
+    assert found.load("model.w", None, finite=False).shape == (9,)
+
+
+def test_a_value_that_the_asked_type_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"does not fit torch.float16"):
+        model(tmp_path, {"w": torch.tensor([1e5])}).load("w", torch.float16)
+
+
+def test_codes_are_no_floats(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="holds I32; floating-point"):
+        model(tmp_path, {"w": torch.ones(2, dtype=torch.int32)}).load("w")
+
+
+def test_a_tensor_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"has no tensor lm_head.weight"):
+        model(tmp_path, {"w": torch.ones(2)}).load("lm_head.weight")
+
+
+def test_a_file_cut_short_after_its_header_was_read(tmp_path: Path) -> None:
+    found = model(tmp_path, {"w": torch.ones(64)})
+    os.truncate(tmp_path / SINGLE, (tmp_path / SINGLE).stat().st_size - 9)
+    with pytest.raises(BuildError, match="became shorter"):
+        found.load("w")
+
+
+def test_reading_keeps_nothing(tmp_path: Path) -> None:
+    """Two tensors of 64 MiB as bf16, read to float32 one after another: 128 MiB each, and never both nor the file beside them."""
+    save(tmp_path / SINGLE, {name: torch.ones(32 << 20, dtype=torch.bfloat16) for name in "ab"})
+    program = f"""
+from pathlib import Path
+from buildsys.io.checkpoint import Checkpoint
+def anonymous_mib():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) // 1024
+found = Checkpoint({{"{SINGLE}": Path({str(tmp_path / SINGLE)!r})}})
+before, peak = anonymous_mib(), 0
+for name in found.names():
+    loaded = found.load(name)
+    peak = max(peak, anonymous_mib())
+    del loaded
+print(peak - before, anonymous_mib() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    peak_mib, after_mib = map(int, done.stdout.split())
+    assert 128 <= peak_mib < 128 + 48 and after_mib < 32
+
+
+LAYOUT = {"a": ("F16", (4,)), "b": ("I32", (2, 3)), "c": ("F16", (2,)), "d": ("U8", ()), "e": ("F32", (0, 2))}
+HELD = {name: torch.arange(torch.Size(shape).numel()).to(DTYPES[kind]).reshape(shape) for name, (kind, shape) in LAYOUT.items()}
+
+
+def written(folder: Path, order: str, max_shard_bytes: int) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    writer = Writer(folder, LAYOUT, {"made_by": "tests"}, max_shard_bytes)
+    for name in order:
+        writer.add(name, HELD[name])
+    return writer.close()
+
+
+@pytest.mark.parametrize("max_shard_bytes", [1, 10, 33, 1000])
+def test_shards_hold_what_was_added_in_any_order(max_shard_bytes: int, tmp_path: Path) -> None:
+    names = written(tmp_path / "x", "abcde", max_shard_bytes)
+    assert written(tmp_path / "y", "edcba", max_shard_bytes) == names == sorted(path.name for path in (tmp_path / "x").iterdir())
+    assert all((tmp_path / "x" / name).read_bytes() == (tmp_path / "y" / name).read_bytes() for name in names)
+    found = Checkpoint({name: tmp_path / "x" / name for name in names})
+    assert all(torch.equal(found.load(name, None), HELD[name]) for name in LAYOUT)
+    shards = [name for name in names if name != INDEX]
+    assert same({name: t for shard in shards for name, t in library.load_file(tmp_path / "x" / shard).items()}, HELD)
+    if max_shard_bytes == 1000:
+        assert names == [SINGLE]
+        assert headers.read(tmp_path / "x" / SINGLE).metadata == {"format": "pt", "made_by": "tests"}
+    else:
+        assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+        index = json.loads((tmp_path / "x" / INDEX).read_text())
+        assert index["metadata"]["total_size"] == 8 + 24 + 4 + 1 and index["weight_map"].keys() == LAYOUT.keys()
+
+
+def test_shards_keep_their_bound(tmp_path: Path) -> None:
+    names = written(tmp_path, "abcde", 33)  # a and b fill one; c, d and e the next
+    found = headers.describe({name: tmp_path / name for name in names})
+    assert [found[name][0][6:11] for name in "abcde"] == ["00001", "00001", "00002", "00002", "00002"]
+
+
+def test_transformers_opens_a_shard(tmp_path: Path) -> None:
+    names = written(tmp_path, "abcde", 10)
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / names[1], "pt") as opened:
+        assert opened.metadata() == {"format": "pt", "made_by": "tests"} and torch.equal(opened.get_tensor("b"), HELD["b"])
+
+
+def test_a_writer_refuses_what_the_layout_does_not_say(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, LAYOUT, {}, 1000)
+    writer.add("a", HELD["a"])
+    for name, tensor, said in (("a", HELD["a"], "before"), ("c", HELD["c"].float(), "float32"), ("c", HELD["a"], r"\[4\]")):
+        with pytest.raises(ValueError, match=said):
+            writer.add(name, tensor)
+    with pytest.raises(KeyError):
+        writer.add("z", HELD["a"])
+    with pytest.raises(ValueError, match="4 tensors were never written: b, c, d"):
+        writer.close()
+    assert not (tmp_path / SINGLE).exists()

@@ -1,0 +1,76 @@
+"""The table of GPUs, close names, and what LMDeploy refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from buildsys import gpus
+
+
+def test_names_that_a_recipe_can_use() -> None:
+    asked = ["t4", "v100", "a10", "a100-40gb", "a100-80gb", "rtx3090", "rtx4090", "l4", "l40s", "h100", "h200", "b200"]
+    assert all(gpus.lookup(name) is not None for name in asked)
+    assert gpus.lookup(" H100 ") is gpus.GPUS["h100"] and gpus.lookup("tpu") is None
+
+
+@pytest.mark.parametrize("gpu", gpus.GPUS.values(), ids=lambda gpu: gpu.name)
+def test_facts_are_of_real_devices(gpu: gpus.GPU) -> None:
+    marketed_gb = int(gpu.product.split(" GB")[0].split()[-1])
+    assert 0.84 * marketed_gb < gpu.memory_gib < marketed_gb, "usable memory is a little below what is printed on the box"
+    assert gpu.sm in (70, 75, 80, 86, 89, 90, 100) and 250 < gpu.bandwidth_gb_s <= 8000 and 60 < gpu.fp16_tflops <= 2250
+    assert gpu.product.count(";") == 1, "every row says where it is from"
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("a100", "a100-40gb"), ("h10", "h100"), ("rtx 4090", "rtx4090"), ("RTX_3090", "rtx3090"), ("l40", "l40s"), ("A100-80G", "a100-80gb")],
+)
+def test_close_names(written: str, meant: str) -> None:
+    assert meant in gpus.close(written)
+
+
+def test_nothing_is_close_to_nonsense() -> None:
+    assert gpus.close("") == () and gpus.close("zzzzzz") == ()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "format", "says"),
+    [
+        ("v100", "awq", None),
+        ("t4", "awq", None),
+        ("a100-40gb", "w8a8_fp8", "from sm89 in LMDeploy, a100-40gb is sm80"),
+        ("l4", "w8a8_fp8", None),
+        ("l4", "gguf", "not known to run format gguf; known: fp16, awq"),
+    ],
+)
+def test_refusals_name_both_values(gpu: str, format: str, says: str | None) -> None:
+    found = gpus.refusal(gpus.GPUS[gpu], format)
+    assert found is None if says is None else found is not None and says in found
+
+
+@pytest.mark.parametrize(
+    ("gpu", "format", "policy", "head_dim", "group", "says"),
+    [
+        ("t4", "awq", "int4", 64, 128, None),
+        (None, "awq", "none", 80, 128, None),
+        ("h100", "awq", "none", 128, 64, "groups of 128 only, group_size is 64"),
+        (None, "awq", "none", 128, -1, "group_size is -1"),
+        ("h100", "compressed_tensors", "none", 128, 32, None),
+        ("l4", "w8a8_fp8", "none", 128, 128, "does not load format w8a8_fp8"),
+        ("a100-40gb", "awq", "int8", 192, 128, None),
+        ("a100-40gb", "awq", "int4", 192, 128, "KV policy int4 for heads of 64, 128, 256, head_dim is 192"),
+        ("t4", "awq", "none", 192, 128, "t4 (sm75)"),
+        ("b200", "awq", "int8", 96, 128, "head_dim is 96"),
+    ],
+)
+def test_what_turbomind_lacks(gpu: str | None, format: str, policy: gpus.KvPolicy, head_dim: int, group: int, says: str | None) -> None:
+    found = list(gpus.turbomind_lacks(format, group, policy, head_dim, gpus.GPUS[gpu] if gpu else None))
+    assert not found if says is None else len(found) == 1 and says in found[0]
+
+
+def test_planning_loads_no_torch() -> None:
+    code = "import sys, buildsys.gpus, buildsys.footprint; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
