@@ -1,0 +1,43 @@
+"""Threads over fixed units of work, so that a result never depends on how many threads there are.
+
+A matrix product split over threads by a BLAS may sum in another order for another thread count. Here every unit runs on one thread
+(worker.py sets torch so) and results are handed back in the order of the units; more threads only mean that more units run at a time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from buildsys.step import Resources
+
+Unit = TypeVar("Unit")
+Result = TypeVar("Result")
+
+
+def ordered(work: Callable[[Unit], Result], units: Iterable[Unit], resources: Resources) -> Iterator[Result]:
+    """`map(work, units)` on `resources.threads` threads, results in the order of the units, without gradients."""
+
+    def quietly(unit: Unit) -> Result:
+        with torch.inference_mode():  # thread-local, so it is entered in the worker thread
+            return work(unit)
+
+    if resources.threads == 1 or resources.device != "cpu":
+        yield from map(quietly, units)
+        return
+    with ThreadPoolExecutor(resources.threads) as pool:
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for unit in units:
+                waiting.append(pool.submit(quietly, unit))
+                if len(waiting) >= resources.threads + resources.batch:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

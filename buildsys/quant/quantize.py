@@ -1,0 +1,164 @@
+"""The walk that turns a float model into codes: one decoder block in memory, each finished block kept on disk.
+
+For every block: fold in the scales that the rescaling methods choose from the calibration statistics, then round its linears site by site.
+A rounding method that asks for tokens sees what each site really reads: the outputs of the quantized blocks before it and of the linears
+already rounded in this one (GPTQ's sequential order, arXiv:2210.17323, section 4). A killed walk replays the forwards of its finished
+blocks and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from buildsys.architecture import SITES, Linear, Site
+from buildsys.errors import BuildError
+from buildsys.quant.block import Block
+from buildsys.quant.blocks import load_block, save_block
+from buildsys.quant.fold import fold, tied_channels
+from buildsys.quant.linear import QuantizedLinear
+from buildsys.quant.model import Model
+from buildsys.quant.observe import Progress, SiteStats, load_stats
+from buildsys.quant.search import gram_norm
+from buildsys.quant.stream import Walk
+from buildsys.scheme import Scheme
+from buildsys.step import Resources
+
+
+@dataclass(frozen=True)
+class Method:
+    """A module of methods/ with its knobs."""
+
+    module: ModuleType
+    knobs: Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do to every block: rescale in order, then round, all linears but the skipped (by whole names)."""
+
+    scheme: Scheme
+    rescalers: tuple[Method, ...]
+    rounder: Method
+    skipped: frozenset[str]
+
+    @property
+    def sees_tokens(self) -> bool:
+        return bool(self.rounder.module.SEES_TOKENS)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A block after the walk: its linears' codes, everything else of it in float16, and each linear's relative output error."""
+
+    linears: Mapping[str, QuantizedLinear]
+    floats: Mapping[str, Tensor]
+    errors: Mapping[str, float]
+
+
+def block_name(layer: int) -> str:
+    return f"block-{layer:05d}.safetensors"
+
+
+def errors_name(layer: int) -> str:
+    return f"block-{layer:05d}.errors.json"
+
+
+def quantize(
+    model: Model, job: Job, stats: Callable[[int], Path], tokens: Tensor | None, folder: Path, resources: Resources, progress: Progress
+) -> None:
+    """Writes one block file and its errors for each layer into `folder`; what is already there is kept."""
+    architecture = model.architecture
+    walk = None if tokens is None or not job.sees_tokens else Walk(model, tokens, resources)
+    for layer in range(architecture.layers):
+        path = folder / block_name(layer)
+        finished = path.exists()  # by an earlier process: files appear whole or not at all
+        if not finished:
+            observed = load_stats(stats(layer), resources.device)
+            block, scales = rescale(model.block(layer), observed, job)
+            rounded = round_block(block, job, {site: observed[site].divided(scales[site]) for site in SITES}, walk)
+            (folder / errors_name(layer)).write_text(json.dumps(rounded.errors, sort_keys=True))
+            save_block(path, rounded.linears, rounded.floats)
+        if walk is not None and layer + 1 < architecture.layers:
+            block = Block(architecture, layer, quantized_weights(path, resources.device))
+            (walk.replay if finished else walk.finish)(block)
+        progress("quantize", layer + 1, architecture.layers)
+
+
+def quantized_weights(path: Path, device: str) -> dict[str, Tensor]:
+    """A finished block's weights in float32."""
+    linears, floats = load_block(path)
+    weights = {name: tensor.float().to(device) for name, tensor in floats.items()}
+    return weights | {f"{name}.weight": linear.dequantize().to(device) for name, linear in linears.items()}
+
+
+def rescale(block: Block, stats: Mapping[Site, SiteStats], job: Job) -> tuple[Block, dict[Site, Tensor]]:
+    """The block with every rescaler's scales folded in, and the product of the scales by site."""
+    architecture = block.architecture
+    scales = {site: torch.ones(architecture.width(site), device=stats[site].absmean.device) for site in SITES}
+    for method in job.rescalers:
+        for site in reversed(SITES):  # what reads before what writes: a folded writer is searched in its final form
+            readers = [block.weights[f"{linear.name}.weight"] for linear in _rounded_at(block, site, job)]
+            if not readers:
+                continue
+            seen = stats[site].divided(scales[site])
+            scale = method.module.rescale(readers, seen, tied_channels(architecture, site), job.scheme, method.knobs)
+            block = block.with_weights(fold(architecture, block.weights, site, scale))
+            scales[site] = scales[site] * scale
+    return block, scales
+
+
+def round_block(block: Block, job: Job, stats: Mapping[Site, SiteStats], walk: Walk | None) -> Rounded:
+    """Codes for every linear of a rescaled block that is not skipped. `stats` are those of the rescaled sites."""
+    prefix = block.architecture.prefix(block.layer)
+    chosen = {linear.name for site in SITES for linear in _rounded_at(block, site, job)}
+    floats = {name: to_half(tensor, prefix + name) for name, tensor in block.weights.items() if name.removesuffix(".weight") not in chosen}
+    block = block.with_weights({name: tensor.float() for name, tensor in floats.items()})
+    linears: dict[str, QuantizedLinear] = {}
+    errors: dict[str, float] = {}
+    for site in SITES:
+        gram = stats[site] if walk is None else walk.gram(block, site)
+        for linear, found in _round_site(block, _rounded_at(block, site, job), gram, job):
+            weight = block.weights[f"{linear.name}.weight"]
+            rounded = found.dequantize()
+            errors[prefix + linear.name] = _output_norm(rounded - weight, gram) / max(_output_norm(weight, gram), 1e-30)
+            linears[linear.name] = found
+            block = block.with_weights({f"{linear.name}.weight": rounded})
+    return Rounded(linears, floats, errors)
+
+
+def to_half(tensor: Tensor, name: str) -> Tensor:
+    """float16, the type of an artifact's unquantized tensors; refuses what it cannot hold."""
+    half = tensor.half()
+    if bool(torch.isinf(half).any()):
+        what = f"holds {float(tensor.abs().max()):.4g}; float16 holds at most 65504"
+        raise BuildError(name, what, "skip a scale method for this model, or use another source")
+    return half
+
+
+def _rounded_at(block: Block, site: Site, job: Job) -> list[Linear]:
+    prefix = block.architecture.prefix(block.layer)
+    return [linear for linear in block.architecture.at(site) if prefix + linear.name not in job.skipped]
+
+
+def _round_site(block: Block, chosen: Sequence[Linear], gram: Tensor | SiteStats, job: Job) -> Iterator[tuple[Linear, QuantizedLinear]]:
+    """Rounds the linears of one site together, since they share inputs: rows are independent."""
+    if not chosen:
+        return
+    stacked = torch.cat([block.weights[f"{linear.name}.weight"] for linear in chosen])
+    found: QuantizedLinear = job.rounder.module.round_weights(stacked, gram, job.scheme, job.rounder.knobs)
+    sizes = [linear.out_features for linear in chosen]
+    parts = zip(*(torch.split(part, sizes) for part in (found.codes, found.scale, found.zero)), strict=True)
+    for linear, (codes, scale, zero) in zip(chosen, parts, strict=True):
+        yield linear, QuantizedLinear(codes.contiguous(), scale.contiguous(), zero.contiguous(), job.scheme)
+
+
+def _output_norm(weight: Tensor, gram: Tensor | SiteStats) -> float:  # [out, in] -> mean over tokens of ||W x||^2
+    return gram_norm(weight, gram) if isinstance(gram, SiteStats) else float(((weight @ gram) * weight).sum())

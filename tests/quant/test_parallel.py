@@ -1,0 +1,77 @@
+"""Units of work on threads: results in order, errors where they belong, no more in flight than asked for."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from buildsys.quant.parallel import ordered
+from buildsys.step import Resources
+
+RESOURCES = [Resources(threads, batch) for threads in (1, 2, 5) for batch in (1, 8)]
+each = pytest.mark.parametrize("resources", RESOURCES, ids=lambda said: f"{said.threads} threads, batch {said.batch}")
+
+
+@each
+def test_results_come_in_the_order_of_the_units(resources: Resources) -> None:
+    def work(unit: int) -> int:
+        time.sleep(0.002 * (unit % 3 == 0))
+        return unit * unit
+
+    assert list(ordered(work, range(30), resources)) == [unit * unit for unit in range(30)]
+    assert list(ordered(work, [], resources)) == []
+
+
+@each
+def test_an_error_reaches_the_caller_after_the_results_before_it(resources: Resources) -> None:
+    done: list[int] = []
+
+    def work(unit: int) -> int:
+        if unit == 4:
+            raise ValueError("unit 4")
+        return unit
+
+    with pytest.raises(ValueError, match="unit 4"):
+        for result in ordered(work, range(1000), resources):
+            done.append(result)
+    assert done == [0, 1, 2, 3]
+
+
+@each
+def test_no_more_units_are_taken_than_may_wait(resources: Resources) -> None:
+    taken = 0
+
+    def units():
+        nonlocal taken
+        for unit in range(50):
+            taken += 1
+            yield unit
+
+    results = ordered(lambda unit: unit, units(), resources)
+    for done in range(50):
+        next(results)
+        assert taken <= done + 1 + resources.threads + resources.batch
+
+
+@each
+def test_leaving_early_leaves_no_thread(resources: Resources) -> None:
+    before = threading.active_count()
+    results = ordered(lambda unit: unit, range(1000), resources)
+    assert next(results) == 0
+    results.close()
+    assert threading.active_count() == before
+
+
+def test_units_run_at_the_same_time() -> None:
+    meet = threading.Barrier(3, timeout=5)
+    assert list(ordered(lambda _: meet.wait() >= 0, range(3), Resources(3, 1))) == [True] * 3
+
+
+@each
+def test_no_gradients_are_kept(resources: Resources) -> None:
+    weight = torch.ones(2, requires_grad=True)
+    assert [result.requires_grad for result in ordered(lambda unit: weight * unit, range(3), resources)] == [False] * 3
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

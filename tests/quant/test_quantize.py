@@ -1,0 +1,193 @@
+"""The walk that quantizes against a slow twin that keeps the whole model; what a killed walk left; threads, batch and skips."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from buildsys.architecture import SITES
+from buildsys.errors import BuildError
+from buildsys.methods import awq, gptq, rtn
+from buildsys.quant.block import Block
+from buildsys.quant.blocks import load_block
+from buildsys.quant.fold import fold, tied_channels
+from buildsys.quant.model import Model
+from buildsys.quant.observe import calibrate, load_stats
+from buildsys.quant.quantize import Job, Method, block_name, errors_name, quantize, to_half
+from buildsys.quant.rotary import tables
+from buildsys.scheme import Scheme
+from buildsys.step import Resources
+from tests import models
+
+LENGTH, LAYERS, SCHEME = 24, 3, Scheme(4, 32)
+SIZES = {"num_hidden_layers": LAYERS, "hidden_size": 64, "intermediate_size": 96}
+AWQ, GPTQ, RTN = Method(awq, awq.Knobs(ratios=4)), Method(gptq, gptq.Knobs()), Method(rtn, rtn.Knobs())
+JOBS = {
+    "awq gptq": Job(SCHEME, (AWQ,), GPTQ, frozenset()),
+    "gptq": Job(SCHEME, (), GPTQ, frozenset()),
+    "awq rtn": Job(SCHEME, (AWQ,), RTN, frozenset()),
+    "rtn": Job(SCHEME, (), RTN, frozenset()),
+}
+
+
+def quiet(what: str, done: int, of: int) -> None:
+    assert 0 < done <= of
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model with its calibration."""
+
+    model: Model
+    tokens: Tensor
+    stats: Path
+
+    def quantize(self, job: Job, folder: Path, resources: Resources | None = None) -> dict[str, bytes]:
+        folder.mkdir(exist_ok=True)
+        tokens = self.tokens if job.sees_tokens else None
+        quantize(self.model, job, lambda layer: self.stats / block_name(layer), tokens, folder, resources or Resources(), quiet)
+        return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def bench(folder: Path, family: str = "llama") -> Bench:
+    model = models.opened(models.FAMILIES[family](folder / "model", **SIZES))
+    tokens, stats = models.tokens(4, LENGTH), folder / "stats"
+    stats.mkdir()
+    calibrate(model, tokens, stats, Resources(), quiet)
+    return Bench(model, tokens, stats)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return bench(tmp_path_factory.mktemp("llama"))
+
+
+def reads(block: Block, hidden: list[Tensor]) -> dict[str, list[Tensor]]:
+    found: dict[str, list[Tensor]] = {site: [] for site in SITES}
+    for h in hidden:
+        x = block.attn_in(h)
+        o_in = block.o_in(x, tables(block.architecture, LENGTH))
+        mlp_in = block.mlp_in(block.after_attention(h, o_in))
+        for site, value in zip(SITES, (x, o_in, mlp_in, block.down_in(mlp_in)), strict=True):
+            found[site].append(value)
+    return found
+
+
+def twin(bench: Bench, job: Job) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Codes and final weights of every block; all stay in memory, and each linear's inputs come from forwards through all before it."""
+    a, done = bench.model.architecture, []
+    found: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+    for layer in range(a.layers):
+        block, stats = bench.model.block(layer), load_stats(bench.stats / block_name(layer))
+        for method in job.rescalers:
+            for site in reversed(SITES):
+                readers = [block.weights[f"{linear.name}.weight"] for linear in a.at(site)]
+                scale = method.module.rescale(readers, stats[site], tied_channels(a, site), job.scheme, method.knobs)
+                block = block.with_weights(fold(a, block.weights, site, scale))
+        linears = {f"{linear.name}.weight" for linear in a.linears}
+        block = block.with_weights({name: tensor.half().float() for name, tensor in block.weights.items() if name not in linears})
+        codes: dict[str, Tensor] = {}
+        for site in SITES:
+            hidden = bench.model.embed(bench.tokens)
+            for earlier in done:
+                hidden = [earlier.forward(h, tables(a, LENGTH)) for h in hidden]
+            # One window's sum after the other: another order would differ in last bits, and GPTQ's ties with them.
+            gram = sum((x.t() @ x for x in reads(block, hidden)[site]), torch.tensor(0.0)) / bench.tokens.numel()
+            stacked = torch.cat([block.weights[f"{linear.name}.weight"] for linear in a.at(site)])
+            rounded, row = job.rounder.module.round_weights(stacked, gram, job.scheme, job.rounder.knobs), 0
+            for linear in a.at(site):
+                rows = slice(row, row + linear.out_features)
+                row, codes[linear.name] = rows.stop, rounded.codes[rows]
+                block = block.with_weights({f"{linear.name}.weight": rounded.dequantize()[rows]})
+        done.append(block)
+        found.append((codes, dict(block.weights)))
+    return found
+
+
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("family", ["llama", "internlm2", "qwen3"])
+def test_the_walk_is_the_slow_twin(family: str, job: str, tmp_path: Path) -> None:
+    made = bench(tmp_path, family)
+    made.quantize(JOBS[job], tmp_path / "out")
+    for layer, (codes, weights) in enumerate(twin(made, JOBS[job])):
+        linears, floats = load_block(tmp_path / "out" / block_name(layer))
+        assert linears.keys() == codes.keys() and all(tensor.dtype == torch.float16 for tensor in floats.values())
+        assert linears.keys() | floats.keys() == codes.keys() | {name for name in weights if name.removesuffix(".weight") not in codes}
+        for name, linear in linears.items():
+            assert torch.equal(linear.codes, codes[name]) and torch.equal(linear.dequantize(), weights[f"{name}.weight"]), name
+        for name, tensor in floats.items():
+            assert torch.equal(tensor.float(), weights[name])
+
+
+@pytest.mark.parametrize("job", ["awq gptq", "rtn"])
+def test_a_killed_walk_goes_on_from_its_finished_blocks(job: str, llama: Bench, tmp_path: Path) -> None:
+    undisturbed = llama.quantize(JOBS[job], tmp_path / "whole")
+    assert set(undisturbed) == {name(layer) for layer in range(LAYERS) for name in (block_name, errors_name)}
+    for finished in (0, 1, LAYERS):
+        folder = tmp_path / str(finished)
+        folder.mkdir()
+        for layer in range(finished):
+            for name in (block_name(layer), errors_name(layer)):
+                shutil.copy2(tmp_path / "whole" / name, folder)
+        if finished < LAYERS:
+            (folder / errors_name(finished)).write_text("{")  # killed between the two files of a block
+            (folder / f".{block_name(finished)}.partial").write_bytes(b"half a block")
+        before = {path.name: path.stat().st_ino for path in folder.glob("block-*.safetensors")}
+        assert llama.quantize(JOBS[job], folder) == undisturbed
+        assert all((folder / name).stat().st_ino == inode for name, inode in before.items()), "a finished block was made again"
+
+
+def test_threads_and_batch_change_no_byte(llama: Bench, tmp_path: Path) -> None:
+    runs = [llama.quantize(JOBS["awq gptq"], tmp_path / f"{t}-{b}", Resources(t, b)) for t in (1, 3) for b in (1, 8)]
+    assert all(run == runs[0] for run in runs)
+
+
+def test_what_is_skipped_stays_float(llama: Bench, tmp_path: Path) -> None:
+    skipped = frozenset({"model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj", "model.layers.2.self_attn.o_proj"})
+    llama.quantize(Job(SCHEME, (), GPTQ, skipped), tmp_path)
+    for layer in range(LAYERS):
+        linears, floats = load_block(tmp_path / block_name(layer))
+        mine = {name.removeprefix(f"model.layers.{layer}.") for name in skipped if f".{layer}." in name}
+        assert {linear.name for linear in llama.model.architecture.linears} - linears.keys() == mine
+        for name in mine:
+            assert torch.equal(floats[f"{name}.weight"], llama.model.block(layer).weights[f"{name}.weight"].half())
+        assert json.loads((tmp_path / errors_name(layer)).read_text()).keys() == {f"model.layers.{layer}.{name}" for name in linears}
+
+
+def test_everything_skipped_is_the_float_model(llama: Bench, tmp_path: Path) -> None:
+    every = frozenset(f"model.layers.{at}.{linear.name}" for at in range(LAYERS) for linear in llama.model.architecture.linears)
+    llama.quantize(Job(SCHEME, (AWQ,), GPTQ, every), tmp_path)
+    for layer in range(LAYERS):
+        linears, floats = load_block(tmp_path / block_name(layer))
+        weights = llama.model.block(layer).weights
+        assert not linears and floats.keys() == weights.keys()
+        assert all(torch.equal(tensor, weights[name].half()) for name, tensor in floats.items())
+
+
+@pytest.mark.parametrize("job", ["awq gptq", "awq rtn"])
+def test_errors_are_relative_output_errors(job: str, llama: Bench, tmp_path: Path) -> None:
+    llama.quantize(JOBS[job], tmp_path)
+    found = {name: error for layer in range(LAYERS) for name, error in json.loads((tmp_path / errors_name(layer)).read_text()).items()}
+    assert len(found) == LAYERS * 7 and all(0 < error < 0.2 for error in found.values())
+    # RTN without scales, first block, first site: the float model's own inputs on both sides.
+    llama.quantize(JOBS["rtn"], tmp_path / "rtn")
+    block = llama.model.block(0)
+    x = torch.cat([block.attn_in(h) for h in llama.model.embed(llama.tokens)])
+    weight = block.weights["self_attn.q_proj.weight"]
+    off = load_block(tmp_path / "rtn" / block_name(0))[0]["self_attn.q_proj"].dequantize() - weight
+    expected = float((x @ off.t()).square().sum() / (x @ weight.t()).square().sum())
+    told = json.loads((tmp_path / "rtn" / errors_name(0)).read_text())["model.layers.0.self_attn.q_proj"]
+    assert told == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_float16_cannot_hold_is_refused() -> None:
+    with pytest.raises(BuildError, match="65504") as caught:
+        to_half(torch.tensor([1.0, -7e4]), "model.norm.weight")
+    assert caught.value.where == "model.norm.weight"
+    assert torch.equal(to_half(torch.tensor([65504.0, 1e-9]), "x"), torch.tensor([65504.0, 0.0]).half())
