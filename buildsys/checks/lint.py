@@ -1,0 +1,158 @@
+"""Looks at every tensor of the packed model as a server would get it, and says what no sound model holds.
+
+What users of quantized models report as "it loads and writes nonsense": layers that were to be quantized and are not (or the reverse),
+damaged or never written stretches of codes, scales of zero, NaN. Format-generic: names, shapes and unpacking are the format's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from buildsys.measurement import Limit, Measurement
+from buildsys.slots import Frozen
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from buildsys.architecture import Architecture
+    from buildsys.io.checkpoint import Checkpoint
+    from buildsys.quant.linear import QuantizedLinear
+
+VERSION = 1
+READS = ("packed",)
+LIMITS: dict[str, Limit] = {}
+FIXED: dict[str, tuple[Limit, float]] = {"findings": (Limit("findings", "max"), 0.0)}  # no recipe may serve a damaged model
+ALWAYS = True
+
+FLOATS = ("F16", "BF16", "F32")
+HALF_MAX = 65504.0
+HALF_MIN_NORMAL = 2.0**-14
+WIDE = 64  # so many equal codes in a line of trained weights are no chance
+SHOWN = 3
+
+Layout = dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
+"""Tensor name -> (types that it may have, shape)."""
+
+
+class Knobs(Frozen):
+    """Nothing to set: what it looks for is never right."""
+
+
+def measure(knobs: Knobs, inputs: Mapping[str, Any], context: Any) -> list[Measurement]:
+    """How many things are wrong; the first of them by name."""
+    from buildsys.io.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(inputs["packed"].files)
+    skipped = frozenset(context.skipped)
+    floats, linears = expected(context.architecture, context.scheme, context.format, skipped)
+    found = list(_misplaced(checkpoint, floats, linears))
+    for done, (name, layout) in enumerate(linears.items()):
+        found.extend(_shapes(checkpoint, layout))
+        if all(part in checkpoint and _as_laid_out(checkpoint, part, held) for part, held in layout.items()):
+            tensors = {part.removeprefix(f"{name}."): checkpoint.load(part, None, finite=False) for part in layout}
+            found.extend(f"{name} {what}" for what in codes_findings(context.format.unpack(tensors, context.scheme)))
+        context.progress("lint", done + 1, len(linears))
+    found.extend(_shapes(checkpoint, floats))
+    for name in floats:
+        if name in checkpoint and checkpoint.dtype(name).is_floating_point:
+            found.extend(f"{name} {what}" for what in float_findings(checkpoint.load(name, None, finite=False)))
+    more = f" … and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return [Measurement.exact("findings", float(len(found)), "findings", "; ".join(found[:SHOWN]) + more)]
+
+
+def expected(architecture: Architecture, scheme: Any, format: Any, skipped: frozenset[str]) -> tuple[Layout, dict[str, Layout]]:
+    """What the model must hold: its float tensors, and for each quantized linear the tensors that stand for its weight."""
+    linears: dict[str, Layout] = {}
+    for layer in range(architecture.layers):
+        for linear in architecture.linears:
+            name = architecture.prefix(layer) + linear.name
+            if name not in skipped:
+                layout = format.layout(name, scheme, linear.in_features, linear.out_features)
+                linears[name] = {part: ((dtype,), shape) for part, (dtype, shape) in layout.items()}
+    stand_for = {f"{name}.weight" for name in linears}
+    return {name: (FLOATS, shape) for name, shape in architecture.tensors().items() if name not in stand_for}, linears
+
+
+def _misplaced(checkpoint: Checkpoint, floats: Layout, linears: Mapping[str, Layout]) -> Iterator[str]:
+    """Tensors that are there and should not be, and the reverse, told by layer where a whole layer is in the wrong form."""
+    quantized_parts = {part: name for name, layout in linears.items() for part in layout}
+    told: set[str] = set()
+    for name in linears:
+        if f"{name}.weight" in checkpoint:
+            told |= {f"{name}.weight", *linears[name]}
+            yield f"{name} holds a float weight; it was to be quantized"
+    for name in floats:
+        parts = [found for found in _siblings(checkpoint, name) if found not in floats]
+        if name not in checkpoint and name.endswith(".weight") and parts:
+            told |= {name, *parts}
+            yield f"{name.removesuffix('.weight')} is quantized; it was to stay float"
+    for name in [*floats, *quantized_parts]:
+        if name not in checkpoint and name not in told:
+            yield f"{name} is missing"
+    for name in checkpoint.names():
+        if name not in floats and name not in quantized_parts and name not in told:
+            yield f"{name} belongs to no layer of the architecture"
+
+
+def _siblings(checkpoint: Checkpoint, name: str) -> list[str]:
+    """The tensors of the module that a missing weight belongs to."""
+    if name in checkpoint:
+        return []
+    module = name.rsplit(".", 1)[0] + "."
+    return [found for found in checkpoint.names() if found.startswith(module) and "." not in found[len(module) :]]
+
+
+def _as_laid_out(checkpoint: Checkpoint, name: str, held: tuple[tuple[str, ...], tuple[int, ...]]) -> bool:
+    entry = checkpoint.entry(name)
+    return entry.dtype in held[0] and entry.shape == held[1]
+
+
+def _shapes(checkpoint: Checkpoint, layout: Layout) -> Iterator[str]:
+    for name, (dtypes, shape) in layout.items():
+        if name in checkpoint and not _as_laid_out(checkpoint, name, (dtypes, shape)):
+            entry = checkpoint.entry(name)
+            yield f"{name} is {entry.dtype} {list(entry.shape)}; it was to be {' or '.join(dtypes)} {list(shape)}"
+
+
+def float_findings(values: Tensor) -> Iterator[str]:
+    """What is wrong with a tensor that stays float."""
+    count = int((~values.isfinite()).sum())
+    if count:
+        yield f"holds {count} NaN or Inf"
+    elif values.dim() == 2 and values.numel() > WIDE and bool((values == values[0, 0]).all()):
+        yield f"is {float(values[0, 0])} everywhere"
+
+
+def codes_findings(linear: QuantizedLinear) -> Iterator[str]:
+    """What is wrong with a quantized linear."""
+    scale, scheme = linear.scale.float(), linear.scheme
+    for what, bad in (
+        ("scales that are NaN or Inf", ~scale.isfinite()),
+        ("negative scales", scale < 0),
+        ("scales of zero", scale == 0),
+        ("scales below the least normal float16, which kernels flush to zero", (scale > 0) & (scale < HALF_MIN_NORMAL)),
+        ("scales under which weights leave float16", scale.isfinite() & (scale * scheme.top > HALF_MAX)),
+        (f"zeros above {scheme.top}", linear.zero > scheme.top),
+        (f"zeros that are not {scheme.middle}, in a symmetric scheme", (linear.zero != scheme.middle) & scheme.symmetric),
+    ):
+        if count := int(bad.sum()):
+            yield f"has {count} {what}"
+    if int(linear.codes.amax()) > scheme.top:
+        yield f"has a code of {int(linear.codes.amax())}, above {scheme.top}"
+    yield from _constant(linear)
+
+
+def _constant(linear: QuantizedLinear) -> Iterator[str]:
+    """Lines of one single code that does not mean zero: what a hole in a file looks like. A pruned line is all zeros, and may be."""
+    codes = linear.codes
+    if bool((codes == codes[0, 0]).all()):
+        yield f"holds the one code {int(codes[0, 0])} everywhere"
+        return
+    group = linear.scheme.group(codes.shape[1])
+    dead = codes.reshape(codes.shape[0], -1, group) == linear.zero.unsqueeze(-1)  # the code that means zero
+    for what, dim in (("output channels", 1), ("input channels", 0)):
+        same = codes.amin(dim) == codes.amax(dim)
+        stuck = int((same & ~dead.reshape(codes.shape).all(dim)).sum())
+        if codes.shape[dim] >= WIDE and stuck:
+            yield f"holds one code throughout in {stuck} of {len(same)} {what}"

@@ -1,0 +1,57 @@
+"""Whether the artifact fits its target GPU with the recipe's KV policy, session length and batch; known without a GPU.
+
+The arithmetic is footprint.py's, after TurboMind. Two numbers: `needed_gib`, the least that serves one full session, and, where the recipe
+names a target, `free_gib`, the margin that is left when the engine has taken its pool; below zero it does not start or holds no session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from buildsys.measurement import Limit, Measurement
+from buildsys.slots import Frozen
+
+VERSION = 1  # also bumped when footprint.py or gpus.py comes to other numbers
+READS = ("plan",)
+LIMITS = {"max_gib": Limit("needed_gib", "max")}
+FIXED: dict[str, tuple[Limit, float]] = {"free_gib": (Limit("free_gib", "min"), 0.0)}
+ALWAYS = False
+
+
+class Knobs(Frozen):
+    """`max_gib`: the most of a GPU's memory that weights, workspace and one full session may need; none: reported only."""
+
+    max_gib: Annotated[float, Field(gt=0)] | None = None
+
+
+def measure(knobs: Knobs, inputs: Mapping[str, Any], context: Any) -> list[Measurement]:
+    """Reads `context.facts`: `kv_cache` {policy, max_entry_count}, `target` {gpu, count, session_len, max_batch_size} or None."""
+    from buildsys import footprint, gpus
+
+    architecture, kv_cache, target = context.architecture, context.facts["kv_cache"], context.facts.get("target") or {}
+    gpu = gpus.lookup(target["gpu"]) if target.get("gpu") else None
+    skipped, policy = context.skipped, kv_cache["policy"]
+    session_len = target.get("session_len") or architecture.max_positions
+    if gpu is None:
+        needed = footprint.needed_bytes(architecture, context.scheme, kv_policy=policy, session_len=session_len, skipped=skipped)
+        return [Measurement.exact("needed_gib", needed / footprint.GIB, "GiB", f"one session of {session_len} tokens; no target GPU named")]
+    found = footprint.serving(
+        architecture,
+        context.scheme,
+        gpu,
+        kv_policy=policy,
+        max_entry_count=kv_cache["max_entry_count"],
+        session_len=session_len,
+        max_batch_size=target["max_batch_size"],
+        count=target["count"],
+        skipped=skipped,
+    )
+    fits = f"{found.sessions} sessions of {session_len} tokens, {found.pool_tokens} tokens in the KV pool" if found.fits else found.hint
+    where = gpu.name if found.count == 1 else f"each of {found.count} {gpu.name}"
+    return [
+        Measurement.exact("needed_gib", found.needed_bytes / footprint.GIB, "GiB", f"on {where}"),
+        Measurement.exact("free_gib", found.spare_bytes / footprint.GIB, "GiB", f"on {where}: {fits}"),
+    ]

@@ -1,0 +1,284 @@
+"""What a recipe says, as frozen types: parsed once, with the line of every value, and trusted from then on.
+
+Each kind of choice (source, dataset, method, format, check, publisher) is a slot folder (slots.py); workspace.py finds and loads recipes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
+
+from pydantic import BaseModel, Field, PrivateAttr, StrictBool, StrictFloat, StrictInt, ValidationError, create_model
+
+from buildsys import gpus
+from buildsys.complaints import dotted, explain
+from buildsys.document import Document, Where
+from buildsys.errors import BuildError, BuildErrors
+from buildsys.overlay import is_inside, lexical, settle
+from buildsys.scheme import Bits, GroupSize, Scheme
+from buildsys.slots import Choice, Frozen, choice, modules, several
+
+if TYPE_CHECKING:
+    Source: TypeAlias = Choice
+    Dataset: TypeAlias = Choice
+    Method: TypeAlias = Choice
+    Format: TypeAlias = Choice
+else:
+    Source, Dataset, Method, Format = (choice(slot) for slot in ("sources", "datasets", "methods", "formats"))
+
+CHOICES: frozenset[Where] = frozenset({("source",), ("calibration", "dataset"), ("verify", "text"), ("format",)})
+"""Where one choice stands: naming another one in a file that extends replaces it, knobs included."""
+
+PATH_KNOBS = ("path", "paths")
+"""Knobs of these names, in every slot, hold paths: relative to the folder of the file that wrote them, inside the workspace
+unless the knob `outside` beside them is true."""
+
+Samples = Annotated[StrictInt, Field(ge=1, le=65_536)]
+Seqlen = Annotated[StrictInt, Field(ge=16, le=131_072)]
+Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]
+
+
+class Calibration(Frozen):
+    """The text that methods see: `samples` windows of `seqlen` tokens."""
+
+    dataset: Dataset = Field(description="where calibration text comes from")
+    samples: Samples = Field(default=128, description="how many windows of tokens")
+    seqlen: Seqlen = Field(default=2048, description="tokens in a window")
+    seed: Seed = Field(default=0, description="which windows are drawn, or which text is sampled")
+
+
+class Quantization(Frozen):
+    """How weights are held in few bits."""
+
+    bits: Bits = Field(description="bits a weight")
+    group_size: GroupSize = Field(default=128, description="input channels that share one scale; -1: the whole row")
+    symmetric: StrictBool = Field(default=False, description="fix the zero of every group at mid-range")
+    method: tuple[Method, ...] = Field(min_length=1, description="rescaling methods, if any, then exactly one that rounds: [awq, gptq]")
+    skip: tuple[str, ...] = Field(default=("lm_head",), description="globs over names of linears that stay float")
+
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme(self.bits, self.group_size, self.symmetric)
+
+
+class KvCache(Frozen):
+    """How the engine holds keys and values; changes no weight."""
+
+    policy: gpus.KvPolicy = Field(default="none", description="bits of keys and values at run time: LMDeploy's quant_policy 0, 8 or 4")
+    max_entry_count: Annotated[StrictFloat, Field(gt=0, lt=1)] = Field(
+        default=0.8, description="share of free GPU memory that the cache may take"
+    )
+
+
+class Target(Frozen):
+    """The machine that will serve the model; planning refuses what does not fit it."""
+
+    gpu: str = Field(min_length=1, description="a GPU that gpus.py knows: " + ", ".join(gpus.GPUS))
+    count: Annotated[StrictInt, Field(ge=1, le=64)] = Field(default=1, description="GPUs that share the model (tensor parallel)")
+    session_len: Seqlen | None = Field(default=None, description="tokens of one conversation; the model's own maximum if left out")
+    max_batch_size: Annotated[StrictInt, Field(ge=1, le=4096)] = Field(default=32, description="conversations served at once")
+
+
+class _Verify(Frozen):
+    """What the result is held to: the text that it is scored on, and the checks, each with its limits."""
+
+    text: Dataset = Field(description="text that calibration has not seen")
+    samples: Samples = Field(default=64, description="how many windows of tokens")
+    seqlen: Seqlen = Field(default=2048, description="tokens in a window")
+    seed: Seed = Field(default=1, description="which windows are drawn, or which text is sampled")
+
+    @property
+    def checks(self) -> dict[str, BaseModel]:
+        """Knobs of the checks that the recipe names, by name."""
+        return _named(self, "checks")
+
+
+class _Publish(Frozen):
+    """Where `doit publish` sends the artifact."""
+
+    @property
+    def publishers(self) -> dict[str, BaseModel]:
+        """Knobs of the publishers that the recipe names, by name."""
+        return _named(self, "publishers")
+
+
+def _named(model: BaseModel, slot: str) -> dict[str, BaseModel]:
+    return {name: knobs for name in modules(slot) if (knobs := getattr(model, name)) is not None}
+
+
+if TYPE_CHECKING:
+    Verify: TypeAlias = _Verify
+    Publish: TypeAlias = _Publish
+else:
+    Verify = create_model("Verify", __base__=_Verify, __doc__=_Verify.__doc__, **several("checks"))
+    Publish = create_model("Publish", __base__=_Publish, __doc__=_Publish.__doc__, **several("publishers"))
+
+
+class Recipe(Frozen):
+    """One model to build: where it comes from, how it is quantized, what it is held to, where it goes."""
+
+    schema_version: Literal[1] = Field(alias="schema", description="version of this format; 1")
+    source: Source = Field(description="the model to quantize")
+    calibration: Calibration = Field(description="the text that methods see")
+    quantization: Quantization = Field(description="how weights are held in few bits")
+    kv_cache: KvCache = Field(default_factory=KvCache, description="how the engine holds keys and values")
+    target: Target | None = Field(default=None, description="the machine that will serve the model")
+    format: Format = Field(description="how codes lie on disk")
+    verify: Verify = Field(description="what the result is held to")
+    publish: Publish = Field(default_factory=Publish, description="where `doit publish` sends the artifact")
+
+    _name: str = PrivateAttr("")
+    _root: Path = PrivateAttr(Path())
+    _document: Document = PrivateAttr(Document({}))
+
+    @classmethod
+    def parse(cls, name: str, document: Document, root: Path) -> Recipe:
+        """The recipe that a composed document says; every mistake that needs no model raises, all in one BuildErrors."""
+        data, idle = settle(document, CHOICES)
+        errors = [*_idle(document, idle), *stray_paths(document, data, root)]
+        try:
+            recipe = cls.model_validate(data)
+        except ValidationError as error:
+            errors += [found for found in explain(error, cls, data, document) if found.missing not in idle]
+            raise BuildErrors(errors) from None
+        recipe._name, recipe._root, recipe._document = name, root, document
+        errors += refusals(recipe)
+        if errors:
+            raise BuildErrors(errors)
+        return recipe
+
+    @property
+    def name(self) -> str:
+        """The file's stem, or stem@variant."""
+        return self._name
+
+    @property
+    def file(self) -> Path:
+        """The recipe's own file."""
+        return self._root / self.at().rpartition(":")[0]
+
+    def at(self, *where: str | int) -> str:
+        """`recipes/x.yaml:9`: the line that wrote this value or, where it is a default, the nearest value around it."""
+        return str(self._document.origin(where) or self._name)
+
+    def folder(self, *where: str | int) -> Path:
+        """What relative paths in the knobs at `where` are relative to: the folder of the file that wrote them (it may be a base)."""
+        below = (path for path in self._document.origins if path[: len(where)] == where and path[-1:] and path[-1] in PATH_KNOBS)
+        origin = self._document.origin(min(below, key=len, default=where))
+        return self._root / Path(origin.file).parent if origin is not None else self._root
+
+
+def parse_fragment(document: Document, root: Path) -> list[BuildError]:
+    """What is wrong with a file for `extends` even before a recipe completes it: anything but what it leaves out."""
+    data, _ = settle(document, CHOICES)
+    errors = stray_paths(document, data, root)
+    try:
+        Recipe.model_validate(data)
+    except ValidationError as error:
+        errors += [found for found in explain(error, Recipe, data, document) if found.missing is None]
+    return errors
+
+
+def _idle(document: Document, idle: list[Where]) -> Iterator[BuildError]:
+    """Keys without a value: `kl:` reads as "the kl check", and means "no kl check"."""
+    for where in idle:
+        what = f"{dotted(where)} is empty (null): that removes an inherited value, and none is inherited here"
+        fix = f"write a value (`{where[-1]}: {{}}` where every knob has a default), or leave {where[-1]} out"
+        yield BuildError(str(document.origin(where)), what, fix)
+
+
+def stray_paths(document: Document, data: Mapping[str, Any], root: Path) -> list[BuildError]:
+    """Paths that leave the workspace without saying `outside: true`, judged by spelling: a link inside may lead anywhere."""
+    errors = []
+    for where, knobs, written in _paths(data, ()):
+        origin = document.origin(where)
+        if origin is None or knobs.get("outside") is True:
+            continue
+        place = lexical(written, root / Path(origin.file).parent)
+        absolute = Path(written).is_absolute()
+        if absolute or not is_inside(place, root):
+            how = "is absolute" if absolute else f"leads to {place}, outside the workspace {root}"
+            fix = "move it into the workspace, or write outside: true beside it (the recipe then works on this machine only)"
+            errors.append(BuildError(str(origin), f"{dotted(where)}: {written} {how}", fix))
+    return errors
+
+
+def _paths(data: Any, where: Where) -> Iterator[tuple[Where, Mapping[str, Any], str]]:
+    """Each path of the recipe: where it stands, the knobs around it, and as written."""
+    items = data.items() if isinstance(data, Mapping) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        at = (*where, key)
+        if key in PATH_KNOBS and isinstance(data, Mapping):
+            listed = [((*at, index), path) for index, path in enumerate(value)] if isinstance(value, list) else [(at, value)]
+            yield from ((place, data, path) for place, path in listed if isinstance(path, str))
+        else:
+            yield from _paths(value, at)
+
+
+# Misfits between values, each known without the model
+
+
+def refusals(recipe: Recipe) -> list[BuildError]:
+    """Why valid values do not go together."""
+    return [*_method_order(recipe), *_format_holds(recipe), *_known_gpu(recipe), *_fresh_text(recipe)]
+
+
+def _method_order(recipe: Recipe) -> Iterator[BuildError]:
+    methods = recipe.quantization.method
+    names = [method.name for method in methods]
+    written = f"quantization.method: [{', '.join(names)}]"
+    where = recipe.at("quantization", "method")
+    rounding = [method.name for method in methods if _rounds(method.module)]
+    ordered = sorted(methods, key=lambda method: _rounds(method.module))
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        yield BuildError(where, f"{written} names {' and '.join(twice)} twice", f"name {' and '.join(twice)} once")
+    elif not rounding:
+        known = [name for name, module in modules("methods").items() if _rounds(module)]
+        fix = f"end the list with one of {', '.join(known)}"
+        yield BuildError(where, f"{written} rescales weights, and nothing rounds them", fix)
+    elif len(rounding) > 1:
+        yield BuildError(where, f"{written} rounds twice, by {' and by '.join(rounding)}", f"keep one of {', '.join(rounding)}, at the end")
+    elif list(methods) != ordered:
+        fix = f"write [{', '.join(method.name for method in ordered)}]"
+        yield BuildError(where, f"{written} rounds first; rescaling comes before rounding", fix)
+
+
+def _rounds(method: ModuleType) -> bool:
+    return bool(method.KIND == "round")
+
+
+def _format_holds(recipe: Recipe) -> Iterator[BuildError]:
+    scheme = recipe.quantization.scheme
+    accepts = recipe.format.module.accepts
+    reason = accepts(scheme)
+    if reason is None:
+        return
+    offers = {
+        "bits": [bits for bits in get_args(Bits) if accepts(Scheme(bits, scheme.group_size, scheme.symmetric)) is None],
+        "group_size": [size for size in get_args(GroupSize) if accepts(Scheme(scheme.bits, size, scheme.symmetric)) is None],
+        "symmetric": [str(flag).lower() for flag in (False, True) if accepts(Scheme(scheme.bits, scheme.group_size, flag)) is None],
+    }
+    fixes = [f"set {knob}: {' or '.join(map(str, values))}" for knob, values in offers.items() if values]
+    others = [name for name, module in modules("formats").items() if module.accepts(scheme) is None]
+    fixes += [f"format: {' or '.join(others)}"] if others else []
+    fix = ", or ".join(fixes) or "choose another bits, group_size and symmetric; the format says what it holds"
+    yield BuildError(recipe.at("format"), f"format: {recipe.format.name} {reason}", fix)
+
+
+def _known_gpu(recipe: Recipe) -> Iterator[BuildError]:
+    if recipe.target is None or gpus.lookup(recipe.target.gpu) is not None:
+        return
+    near = gpus.close(recipe.target.gpu)
+    fix = f"did you mean {' or '.join(near)}?" if near else f"name one of {', '.join(gpus.GPUS)}, or leave target out"
+    yield BuildError(recipe.at("target", "gpu"), f"target.gpu: {recipe.target.gpu} is not in the table of GPUs", fix)
+
+
+def _fresh_text(recipe: Recipe) -> Iterator[BuildError]:
+    """Text that the model writes itself is new only under another seed. (Other text is compared window by window, once there is any.)"""
+    calibration, verify = recipe.calibration, recipe.verify
+    generates = calibration.dataset.module.READS != "text"
+    if generates and calibration.dataset.name == verify.text.name and calibration.seed == verify.seed:
+        what = f"verify.seed and calibration.seed are both {verify.seed}: {verify.text.name} would write the same text for both"
+        yield BuildError(recipe.at("verify", "seed"), what, f"set verify.seed: {calibration.seed + 1}")
