@@ -1,0 +1,356 @@
+"""A recipe becomes a graph of steps, and every misfit that can be known without a GPU is refused here, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from buildsys import footprint, gpus
+from buildsys.architecture import Architecture
+from buildsys.errors import BuildError, BuildErrors
+from buildsys.quant import VERSION as QUANT
+from buildsys.recipe import PATH_KNOBS, Recipe
+from buildsys.slots import Choice, modules
+from buildsys.step import Need, Step
+from buildsys.store import Store
+from buildsys.survey import Survey, survey
+
+WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
+"""What a step reads that computes with a model."""
+
+VERSIONS = MappingProxyType(
+    {"fetch": 1, "tokens": 1, "disjoint": 1, "calibrate": 1, "quantize": 1, "pack": 1, "assemble": 1, "score": 1, "measure": 1}
+)
+"""Of the steps' own glue in steps.py; arithmetic, methods, formats and checks have VERSIONs of their own, which are in the keys too."""
+
+Digest = Callable[[Path], str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One recipe's graph. `steps` are in topological order and end with the measurements."""
+
+    recipe: Recipe
+    survey: Survey
+    steps: tuple[Step, ...]
+    artifact: Step  # its output is the deployable folder
+    quantized: Step  # its output names each layer's error
+    measures: tuple[tuple[str, Step], ...]
+    building: footprint.Building
+    serving: footprint.Serving | None  # None: the recipe names no target
+    notes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name
+
+
+def plan(recipe: Recipe, store: Store, threads: int = 2) -> Plan:
+    """The graph of `recipe`. Raises BuildErrors with every misfit of the recipe and its model."""
+    source = recipe.source.module.locate(recipe.source.knobs, recipe.folder("source"))
+    surveyed = survey(source)
+    left_float, errors = skipped_linears(recipe, surveyed)
+    errors += misfits(recipe, surveyed, left_float)
+    if errors:
+        raise BuildErrors(errors)
+    graph = Graph(recipe, surveyed, left_float, store.sha256)
+    fetched = graph.fetch("source", recipe.source.name, source)
+    calibration = graph.tokens("calibration", fetched)
+    text = graph.tokens("verify", fetched)
+    disjoint = graph.disjoint(calibration, text)
+    calibrated = graph.calibrate(fetched, calibration, disjoint)
+    quantized = graph.quantize(fetched, calibrated, calibration)
+    packed = graph.pack(fetched, quantized)
+    artifact = graph.assemble(fetched, packed, source)
+    measures = tuple(graph.measures(fetched, quantized, packed, text))
+    last = (artifact, *(step for _, step in measures))
+    steps = {step.planned_key: step for end in last for step in end.walk()}
+    return Plan(
+        recipe=recipe,
+        survey=surveyed,
+        steps=tuple(steps.values()),
+        artifact=artifact,
+        quantized=quantized,
+        measures=measures,
+        building=_building(recipe, surveyed, left_float, threads),
+        serving=_serving(recipe, surveyed, left_float),
+        notes=tuple(_notes(recipe, surveyed)),
+    )
+
+
+# What does not fit
+
+
+def skipped_linears(recipe: Recipe, surveyed: Survey) -> tuple[tuple[str, ...], list[BuildError]]:
+    """Whole names of the blocks' linears that stay float; a pattern that names nothing is an error."""
+    a = surveyed.architecture
+    names = [a.prefix(layer) + linear.name for layer in range(a.layers) for linear in a.linears]
+    head = (a.lm_head or "lm_head.weight").removesuffix(".weight")
+    errors, where = [], recipe.at("quantization", "skip")
+    patterns = recipe.quantization.skip
+    for pattern in patterns:
+        if not any(_matches(name, (pattern,)) for name in (*names, head, "lm_head")):
+            fix = f"name linears as the model does, for example {names[-1]} or {names[-1].rpartition('.')[2]}"
+            errors.append(BuildError(where, f"quantization.skip: {pattern} matches no linear of this model", fix))
+    if not (_matches(head, patterns) or _matches("lm_head", patterns)):
+        errors.append(BuildError(where, "quantization.skip lacks lm_head, which no engine reads quantized", "add lm_head to skip"))
+    left = tuple(name for name in names if _matches(name, patterns))
+    for what, fix in _split(a, left):
+        errors.append(BuildError(where, f"quantization.skip leaves {what} float, and not what engines fuse it with", f"skip all of {fix}"))
+    if len(left) == len(names):
+        errors.append(BuildError(where, "quantization.skip matches every linear: nothing would be quantized", "narrow the patterns"))
+    return left, errors
+
+
+def _split(a: Architecture, left: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Linears that engines fuse when they load (gate with up; queries, keys and values) have to be all quantized or all float."""
+    for layer in range(a.layers):
+        for roles in (("gate", "up"), ("q", "k", "v")):
+            fused = [a.prefix(layer) + linear.name for linear in a.linears if linear.role in roles]
+            kept = [name for name in fused if name in left]
+            if kept and len(kept) < len(fused):
+                yield kept[0], ", ".join(name.rpartition(".")[2] for name in fused)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern matches the whole name, or a tail of it that starts at a dot: `down_proj`, `layers.0.*`."""
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for pattern in patterns)
+
+
+def misfits(recipe: Recipe, surveyed: Survey, left_float: tuple[str, ...]) -> list[BuildError]:
+    """Where the recipe and the model do not go together."""
+    a, scheme = surveyed.architecture, recipe.quantization.scheme
+    errors: list[BuildError] = []
+    for linear in a.linears:
+        name = next((a.prefix(at) + linear.name for at in range(a.layers) if a.prefix(at) + linear.name not in left_float), None)
+        reason = None if name is None else recipe.format.module.fits(scheme, linear.in_features, linear.out_features)
+        if name is not None and not scheme.divides(linear.in_features):
+            divisors = [size for size in (128, 64, 32) if linear.in_features % size == 0]
+            fix = f"set group_size: {divisors[0] if divisors else -1}, or skip {linear.name.rpartition('.')[2]}"
+            what = f"quantization.group_size {scheme.group_size} does not divide the {linear.in_features} input channels of {name}"
+            errors.append(BuildError(recipe.at("quantization", "group_size"), what, fix))
+        elif reason is not None:
+            where, short = recipe.at("format"), linear.name.rpartition(".")[2]
+            errors.append(BuildError(where, f"format {recipe.format.name} cannot hold {name}: {reason}", f"skip {short}"))
+    for section, asked in (("calibration", recipe.calibration), ("verify", recipe.verify)):
+        if asked.seqlen > a.max_positions:
+            what = f"{section}.seqlen is {asked.seqlen}; the model has {a.max_positions} positions"
+            errors.append(BuildError(recipe.at(section, "seqlen"), what, f"set {section}.seqlen: {a.max_positions}"))
+    return errors + _target_misfits(recipe, surveyed, left_float)
+
+
+def _target_misfits(recipe: Recipe, surveyed: Survey, left_float: tuple[str, ...]) -> list[BuildError]:
+    target, gpu = recipe.target, _gpu(recipe)
+    if target is None or gpu is None:
+        return []
+    errors = []
+    reason = gpus.refusal(gpu, recipe.format.name)
+    if reason is not None:
+        errors.append(BuildError(recipe.at("target", "gpu"), f"target.gpu: {reason}", "name another GPU or format"))
+    if target.session_len is not None and target.session_len > surveyed.architecture.max_positions:
+        what = f"target.session_len is {target.session_len}; the model has {surveyed.architecture.max_positions} positions"
+        errors.append(BuildError(recipe.at("target", "session_len"), what, f"set session_len: {surveyed.architecture.max_positions}"))
+    serving = _serving(recipe, surveyed, left_float)
+    if serving is not None and not serving.fits:
+        gib = footprint.GIB
+        what = f"needs {serving.needed_bytes / gib:.1f} GiB to serve one session of {_session_len(recipe, surveyed)} tokens and its share "
+        what += f"of the KV pool, {serving.memory_bytes / gib:.1f} GiB are there: {-serving.spare_bytes / gib:.1f} GiB too few"
+        errors.append(BuildError(recipe.at("target"), f"target {target.gpu} x {target.count}: {what}", serving.hint))
+    return errors
+
+
+def _notes(recipe: Recipe, surveyed: Survey) -> Iterator[str]:
+    """What a user should know, and no reason to refuse: why TurboMind, LMDeploy's faster engine, cannot serve this."""
+    chosen = "so deploy/ names LMDeploy's PyTorch engine"
+    if not surveyed.turbomind:
+        yield f"TurboMind does not implement {surveyed.config['architectures'][0]}, {chosen}"
+    lacks = gpus.turbomind_lacks(
+        recipe.format.name, recipe.quantization.group_size, recipe.kv_cache.policy, surveyed.architecture.head_dim, _gpu(recipe)
+    )
+    yield from (f"{reason}, {chosen}" for reason in lacks)
+
+
+def _gpu(recipe: Recipe) -> gpus.GPU | None:
+    """A name that the table lacks was refused with the recipe."""
+    return gpus.lookup(recipe.target.gpu) if recipe.target is not None else None
+
+
+def _session_len(recipe: Recipe, surveyed: Survey) -> int:
+    asked = recipe.target.session_len if recipe.target is not None else None
+    return asked or surveyed.architecture.max_positions
+
+
+def _serving(recipe: Recipe, surveyed: Survey, left_float: tuple[str, ...]) -> footprint.Serving | None:
+    target, gpu = recipe.target, _gpu(recipe)
+    if target is None or gpu is None:
+        return None
+    return footprint.serving(
+        surveyed.architecture,
+        recipe.quantization.scheme,
+        gpu,
+        kv_policy=recipe.kv_cache.policy,
+        max_entry_count=recipe.kv_cache.max_entry_count,
+        session_len=_session_len(recipe, surveyed),
+        max_batch_size=target.max_batch_size,
+        count=target.count,
+        skipped=left_float,
+    )
+
+
+def _building(recipe: Recipe, surveyed: Survey, left_float: tuple[str, ...], threads: int) -> footprint.Building:
+    return footprint.building(
+        surveyed.architecture,
+        recipe.quantization.scheme,
+        footprint.cpu_speed(threads),
+        samples=recipe.calibration.samples,
+        seqlen=recipe.calibration.seqlen,
+        verify_windows=recipe.verify.samples,
+        verify_seqlen=recipe.verify.seqlen,
+        gptq=bool(recipe.quantization.method[-1].module.SEES_TOKENS),
+        sampled=[
+            (asked.samples, asked.seqlen)
+            for asked, dataset in ((recipe.calibration, recipe.calibration.dataset), (recipe.verify, recipe.verify.text))
+            if dataset.module.READS == "model"
+        ],
+        skipped=left_float,
+    )
+
+
+# The graph
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Makes a recipe's steps; each names exactly the knobs and the files that it reads."""
+
+    recipe: Recipe
+    surveyed: Survey
+    left_float: tuple[str, ...]
+    sha256: Digest
+
+    def _step(self, kind: str, title: str, knobs: Mapping[str, Any], *needs: Need, **more: Any) -> Step:
+        return Step(kind, title, VERSIONS[kind], knobs, needs, **{"heavy": True, **more})
+
+    @property
+    def _packing(self) -> dict[str, Any]:
+        """How the packed weights are to be read."""
+        chosen = self.recipe.format
+        return {
+            "format": {"name": chosen.name, "version": chosen.module.VERSION, "knobs": chosen.knobs.model_dump()},
+            "scheme": asdict(self.recipe.quantization.scheme),
+            "skip": list(self.left_float),
+        }
+
+    def fetch(self, what: str, slot: str, files: Mapping[str, Path]) -> Step:
+        knobs = {"files": {name: self.sha256(path) for name, path in sorted(files.items())}}
+        paths = {name: str(path.absolute()) for name, path in files.items()}
+        return self._step("fetch", f"{what} ({slot})", knobs, heavy=False, hints={"paths": paths}, promises=knobs["files"])
+
+    def tokens(self, section: str, source: Step) -> Step:
+        """Windows of one of the recipe's two texts; files are fetched first where the dataset has any."""
+        asked = self.recipe.calibration if section == "calibration" else self.recipe.verify
+        key = "dataset" if section == "calibration" else "text"
+        dataset: Choice = getattr(asked, key)
+        module, written = dataset.module, dataset.knobs.model_dump(exclude={*PATH_KNOBS, "outside"})
+        knobs = {
+            "dataset": {"name": dataset.name, "version": module.VERSION, "knobs": written},
+            "samples": asked.samples,
+            "seqlen": asked.seqlen,
+            "seed": asked.seed,
+        }
+        where = self.recipe.at(section)
+        if module.READS == "model":
+            knobs |= {"model": self.surveyed.computed, "quant": QUANT}
+            needs = [Need("source", source, WEIGHTS)]
+        else:
+            knobs |= {"vocab_size": self.surveyed.architecture.vocab_size}
+            files = module.locate(dataset.knobs, self.recipe.folder(section, key))
+            needs = [Need("source", source, (self.surveyed.tokenizer,)), Need("text", self.fetch(f"{section} text", dataset.name, files))]
+        title = f"{section} {dataset.name} {asked.samples} x {asked.seqlen}, seed {asked.seed}"
+        return self._step("tokens", title, knobs, *needs, hints={"where": where})
+
+    def disjoint(self, calibration: Step, text: Step) -> Step:
+        """Refuses verify text that calibration has seen; nothing reads its output, but nothing expensive starts before it."""
+        needs = Need("calibration", calibration), Need("verify", text)
+        return self._step("disjoint", "verify text is new", {}, *needs, hints={"where": self.recipe.at("verify", "text")})
+
+    def calibrate(self, source: Step, tokens: Step, disjoint: Step) -> Step:
+        knobs = {"model": self.surveyed.computed, "quant": QUANT}
+        needs = Need("source", source, WEIGHTS), Need("tokens", tokens)
+        return self._step("calibrate", "activation statistics", knobs, *needs, after=(disjoint,))
+
+    def quantize(self, source: Step, stats: Step, tokens: Step) -> Step:
+        asked = self.recipe.quantization
+        methods = [{"name": m.name, "version": m.module.VERSION, "knobs": m.knobs.model_dump()} for m in asked.method]
+        knobs = {
+            "model": self.surveyed.computed,
+            "quant": QUANT,
+            "scheme": asdict(asked.scheme),
+            "methods": methods,
+            "skip": list(self.left_float),
+        }
+        needs = [Need("source", source, WEIGHTS), Need("stats", stats)]
+        if asked.method[-1].module.SEES_TOKENS:
+            needs.append(Need("tokens", tokens))
+        return self._step("quantize", f"{asked.scheme}, {' + '.join(m.name for m in asked.method)}", knobs, *needs)
+
+    def pack(self, source: Step, blocks: Step) -> Step:
+        knobs = {"model": self.surveyed.computed, **self._packing}
+        needs = Need("source", source, WEIGHTS), Need("blocks", blocks, ("*.safetensors",))
+        return self._step("pack", f"format {self.recipe.format.name}", knobs, *needs)
+
+    def assemble(self, source: Step, packed: Step, files: Mapping[str, Path]) -> Step:
+        """Everything of the source that is not weights, the packed weights, and how to serve them."""
+        target = self.recipe.target.model_dump() if self.recipe.target is not None else None
+        knobs = {
+            **self._packing,
+            "model": self.surveyed.computed,
+            "kv_cache": self.recipe.kv_cache.model_dump(),
+            "target": target,
+            "engine": "pytorch" if any(_notes(self.recipe, self.surveyed)) else "turbomind",
+        }
+        rest = tuple(sorted(name for name in files if not name.endswith((".safetensors", ".safetensors.index.json"))))
+        return self._step("assemble", "deployable folder", knobs, Need("source", source, rest), Need("packed", packed), heavy=False)
+
+    def score(self, source: Step, packed: Step, tokens: Step, policy: str) -> Step:
+        knobs = {"model": self.surveyed.computed, "quant": QUANT, **self._packing, "kv": policy}
+        needs = Need("source", source, WEIGHTS), Need("packed", packed), Need("tokens", tokens)
+        title = "predictions beside the source's" + ("" if policy == "none" else f", KV cache {policy}")
+        return self._step("score", title, knobs, *needs)
+
+    def measures(self, source: Step, quantized: Step, packed: Step, tokens: Step) -> Iterator[tuple[str, Step]]:
+        """One step a check, without its limits: those are judged, and a change of them measures nothing again."""
+        policy = self.recipe.kv_cache.policy
+        scores, kv_scores = self.score(source, packed, tokens, "none"), self.score(source, packed, tokens, policy)
+        outputs = {
+            "packed": Need("packed", packed),
+            "blocks": Need("blocks", quantized, ("*.safetensors",)),
+            "scores": Need("scores", scores),
+            "kv_scores": Need("kv_scores", kv_scores),
+        }
+        named = self.recipe.verify.checks
+        for name, module in modules("checks").items():
+            if not (module.ALWAYS or name in named or ("kv_scores" in module.READS and policy != "none")):
+                continue
+            chosen = named[name] if name in named else module.Knobs()
+            needs = [outputs[role] for role in module.READS if role in outputs]
+            knobs = {
+                "check": {"name": name, "version": module.VERSION, "knobs": chosen.model_dump(exclude=set(module.LIMITS))},
+                "model": self.surveyed.computed,
+                **self._packing,
+                "facts": self._facts(module.READS),
+            }
+            # config.json tells the architecture; where a check reads no weights, nothing else of the source is in its key.
+            yield name, self._step("measure", name, knobs, Need("source", source, ("config.json",)), *needs)
+
+    def _facts(self, reads: tuple[str, ...]) -> dict[str, Any]:
+        """What planning knows, for the checks that ask for it."""
+        kv_cache = self.recipe.kv_cache.model_dump()
+        if "plan" in reads:
+            target = self.recipe.target.model_dump() if self.recipe.target is not None else None
+            return {"kv_cache": kv_cache, "target": target}
+        return {"kv_cache": {"policy": kv_cache["policy"]}} if "kv_scores" in reads else {}

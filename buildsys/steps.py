@@ -1,0 +1,242 @@
+"""What each kind of step does: the only glue between the slots, the arithmetic and the files.
+
+`run` gets a step's declared inputs and a folder, and nothing else; the store commits what lies in the folder afterwards. Steps that compute
+import torch when they run, so that planning and cached builds never pay for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from buildsys import deploy
+from buildsys.architecture import Architecture
+from buildsys.errors import BuildError
+from buildsys.measurement import Measurement
+from buildsys.scheme import Scheme
+from buildsys.slots import modules
+from buildsys.step import Inputs, Request, Resources
+from buildsys.survey import describe, read_config
+
+if TYPE_CHECKING:
+    from buildsys.quant.model import Model
+
+__all__ = ["Request", "Resources", "run"]
+
+Progress = Callable[[str, int, int], None]
+MAX_SHARD_BYTES = 4 << 30
+TOKENS = "tokens.safetensors"
+
+
+def run(request: Request, progress: Progress) -> dict[str, Any]:
+    """Do one step; returns facts about the run that belong in its manifest. Raises BuildError."""
+    return _STEPS[request.kind](request, progress) or {}
+
+
+def fetch(request: Request, progress: Progress) -> None:
+    """Links to the files where they are. Their digests were taken when the build was planned: a file that changed since is refused."""
+    expected: Mapping[str, str] = request.knobs["files"]
+    for done, (name, written) in enumerate(sorted(request.hints["paths"].items())):
+        path = Path(written)
+        if request.sha256(path) != expected[name]:
+            raise BuildError(str(path), "changed after the build was planned", "run the same command again when nobody writes to it")
+        link = request.stage / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(path)
+        progress("fetch", done + 1, len(expected))
+
+
+def tokens(request: Request, progress: Progress) -> None:
+    """Windows of token ids: read, or written by the model itself."""
+    from buildsys.io import checkpoint, corpus
+
+    asked, where, resources = request.knobs, str(request.hints.get("where", "calibration")), request.resources
+    dataset = modules("datasets")[asked["dataset"]["name"]]
+    knobs = dataset.Knobs.model_construct(**asked["dataset"]["knobs"])
+    source = request.read("source")
+    if dataset.READS == "model":
+        model = float_model(source, request)
+        found = dataset.generate(knobs, model, asked["samples"], asked["seqlen"], asked["seed"], resources, progress)
+    else:
+        encode = corpus.tokenizer(source.files, "source")
+        texts = dataset.texts(knobs, request.read("text").files)
+        found = corpus.windows(texts, encode, asked["samples"], asked["seqlen"], asked["seed"], where)
+        found = corpus.within(found, asked["vocab_size"], where)
+    checkpoint.save(request.stage / TOKENS, {"tokens": found})
+
+
+def disjoint(request: Request, progress: Progress) -> None:
+    """Refuses verify text that calibration has seen, wherever in a window it stands."""
+    from buildsys.io import checkpoint, corpus
+
+    ours, theirs = (checkpoint.load(request.read(role).path(TOKENS))["tokens"] for role in ("verify", "calibration"))
+    shared = corpus.shared_windows(ours, theirs)
+    if shared:
+        what = f"verify.text repeats calibration text in {len(shared)} of {len(ours)} windows (first: window {shared[0]})"
+        fix = "name other text for one of the two: a model is not verified on text that it was fitted to"
+        raise BuildError(str(request.hints.get("where", "verify.text")), what, fix)
+    (request.stage / "disjoint.json").write_text(json.dumps({"windows": len(ours), "shared": 0}))
+
+
+def calibrate(request: Request, progress: Progress) -> None:
+    """Activation statistics of the float model."""
+    from buildsys.io import checkpoint
+    from buildsys.quant import observe
+
+    seen = checkpoint.load(request.read("tokens").path(TOKENS))["tokens"]
+    observe.calibrate(float_model(request.read("source"), request), seen, request.stage, request.resources, progress)
+
+
+def quantize(request: Request, progress: Progress) -> dict[str, Any]:
+    """Codes for every block, and each linear's relative output error beside them."""
+    from buildsys.io import checkpoint
+    from buildsys.quant import quantize as walk
+
+    *rescalers, rounder = (_method(said) for said in request.knobs["methods"])
+    job = walk.Job(Scheme(**request.knobs["scheme"]), tuple(rescalers), rounder, frozenset(request.knobs["skip"]))
+    stats = request.read("stats")
+    seen = checkpoint.load(request.read("tokens").path(TOKENS))["tokens"] if job.sees_tokens else None
+    model = float_model(request.read("source"), request)
+    resumed = sum((request.stage / walk.block_name(layer)).exists() for layer in range(model.architecture.layers))
+    walk.quantize(model, job, lambda layer: stats.path(walk.block_name(layer)), seen, request.stage, request.resources, progress)
+    return {"resumed_blocks": resumed} if resumed else {}
+
+
+def _method(said: Mapping[str, Any]) -> Any:
+    from buildsys.quant.quantize import Method
+
+    module = modules("methods")[said["name"]]
+    return Method(module, module.Knobs.model_construct(**said["knobs"]))
+
+
+def pack(request: Request, progress: Progress) -> None:
+    """The whole model in the format's layout: codes from the blocks, what lies outside of the blocks from the source."""
+    from buildsys.io.checkpoint import DTYPES, Checkpoint, Writer
+    from buildsys.quant.blocks import load_block
+    from buildsys.quant.quantize import block_name, to_half
+
+    architecture, source = _architecture(request.read("source")), Checkpoint(request.read("source").files)
+    format, scheme = modules("formats")[request.knobs["format"]["name"]], Scheme(**request.knobs["scheme"])
+    writer = Writer(request.stage, packed_layout(architecture, format, scheme, frozenset(request.knobs["skip"])), {}, MAX_SHARD_BYTES)
+    outside = [name for name in (architecture.embed, architecture.final_norm, architecture.lm_head) if name is not None]
+    for name in outside:
+        half = to_half(source.load(name, source.dtype(name)), name)
+        assert half.dtype == DTYPES[format.FLOATS]
+        writer.add(name, half)
+    for layer in range(architecture.layers):
+        prefix = architecture.prefix(layer)
+        linears, floats = load_block(request.read("blocks").path(block_name(layer)))
+        for name, tensor in floats.items():
+            writer.add(prefix + name, tensor)
+        for name, linear in linears.items():
+            for part, tensor in format.pack(linear).items():
+                writer.add(f"{prefix}{name}.{part}", tensor)
+        progress("pack", layer + 1, architecture.layers)
+    writer.close()
+
+
+def packed_layout(architecture: Architecture, format: Any, scheme: Scheme, skip: frozenset[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Every tensor of the packed model with its type and shape, in the order in which an engine loads them."""
+    linears = {architecture.prefix(layer) + linear.name: linear for layer in range(architecture.layers) for linear in architecture.linears}
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, shape in architecture.tensors().items():
+        linear = linears.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        whole = name.removesuffix(".weight")
+        if linear is None or whole in skip:
+            found[name] = (format.FLOATS, shape)
+        else:
+            found |= format.layout(whole, scheme, linear.in_features, linear.out_features)
+    return found
+
+
+def assemble(request: Request, progress: Progress) -> None:
+    """The deployable folder: packed weights and the source's other files as links, config.json and the deploy profile written."""
+    knobs, source, packed = request.knobs, request.read("source"), request.read("packed")
+    format, scheme = modules("formats")[knobs["format"]["name"]], Scheme(**knobs["scheme"])
+    architecture = _architecture(source)
+    head = [(architecture.lm_head or "lm_head.weight").removesuffix(".weight")]
+    rewritten = {
+        "config.json": lambda raw: deploy.config(raw, format.config(scheme, [*head, *knobs["skip"]])),
+        "tokenizer_config.json": lambda raw: deploy.tokenizer_config(raw, "tokenizer.json" in source.files),
+    }
+    for name, path in {**source.files, **packed.files}.items():
+        target = request.stage / name
+        target.unlink(missing_ok=True)
+        if name in rewritten:
+            target.write_text(json.dumps(rewritten[name](read_config(path, name)), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        else:
+            target.symlink_to(path)
+    profile = deploy.profile(knobs["engine"], knobs["format"]["name"], knobs["kv_cache"], knobs["target"], architecture.max_positions)
+    (request.stage / "deploy").mkdir(exist_ok=True)
+    (request.stage / deploy.PROFILE).write_text(profile, encoding="utf-8")
+
+
+def score(request: Request, progress: Progress) -> None:
+    """Both models' predictions on the verify text, one value a token."""
+    from buildsys.io import checkpoint
+    from buildsys.quant.kv import fake_quantize
+    from buildsys.quant.score import score as compare
+
+    keep_kv = None if request.knobs["kv"] == "none" else partial(fake_quantize, bits=8 if request.knobs["kv"] == "int8" else 4)
+    seen = checkpoint.load(request.read("tokens").path(TOKENS))["tokens"]
+    source = float_model(request.read("source"), request)
+    quantized = packed_model(request, source.architecture, keep_kv)
+    checkpoint.save(request.stage / "scores.safetensors", compare(source, quantized, seen, request.resources, progress))
+
+
+def measure(request: Request, progress: Progress) -> None:
+    """One check's numbers."""
+    knobs = request.knobs
+    check = modules("checks")[knobs["check"]["name"]]
+    context = SimpleNamespace(
+        architecture=_architecture(request.read("source")),
+        scheme=Scheme(**knobs["scheme"]),
+        format=modules("formats")[knobs["format"]["name"]],
+        skipped=knobs["skip"],
+        facts=knobs["facts"],
+        progress=progress,
+    )
+    inputs = {role: Inputs(files) for role, files in request.inputs.items()}
+    found: list[Measurement] = check.measure(check.Knobs.model_construct(**knobs["check"]["knobs"]), inputs, context)
+    (request.stage / "measurements.json").write_text(json.dumps([asdict(one) for one in found], indent=1, allow_nan=False))
+
+
+# Models as steps see them
+
+
+def _architecture(source: Inputs) -> Architecture:
+    return describe(read_config(source.path("config.json"), "config.json"), "config.json")[0]
+
+
+def float_model(source: Inputs, request: Request) -> Model:
+    """The source, read block by block."""
+    from buildsys.io.checkpoint import Checkpoint
+    from buildsys.quant.model import Model
+
+    return Model(_architecture(source), Checkpoint(source.files), request.resources.device)
+
+
+def packed_model(request: Request, architecture: Architecture, keep_kv: Any) -> Model:
+    """The artifact's weights, unpacked block by block."""
+    from buildsys.io.checkpoint import Checkpoint
+    from buildsys.quant.model import Model
+
+    format, scheme = modules("formats")[request.knobs["format"]["name"]], Scheme(**request.knobs["scheme"])
+    return Model(
+        architecture,
+        Checkpoint(request.read("packed").files),
+        request.resources.device,
+        unpack=lambda tensors: format.unpack(tensors, scheme),
+        left_float=frozenset(request.knobs["skip"]),
+        keep_kv=keep_kv,
+    )
+
+
+_STEPS: dict[str, Callable[[Request, Progress], dict[str, Any] | None]] = {
+    function.__name__: function for function in (fetch, tokens, disjoint, calibrate, quantize, pack, assemble, score, measure)
+}

@@ -1,0 +1,73 @@
+"""Limits against measurements: instant, never cached, and never passed by accident.
+
+A gate compares the end of the 95% interval that is against it. What a check demands whatever the recipe says stands in its FIXED.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from buildsys.errors import BuildError
+from buildsys.measurement import Limit, Measurement, Verdict
+from buildsys.plan import Plan
+from buildsys.slots import modules
+from buildsys.store import Artifact, Store
+
+MEASUREMENTS = "measurements.json"
+
+
+def judge(plan: Plan, store: Store) -> tuple[Verdict, ...]:
+    """Every gate of the recipe, judged. Raises BuildError where a measurement that a gate asks for is not there."""
+    found = {step: seen.artifact for step, seen in store.walk(plan.steps).items()}
+    verdicts: list[Verdict] = []
+    worst = worst_layer(found[plan.quantized.planned_key], store)
+    for check, step in plan.measures:
+        artifact = found[step.planned_key]
+        if artifact is None:
+            raise BuildError(f"{plan.name}, check {check}", "has not been measured", f"run `doit build recipe={plan.name}`")
+        measured = load_measurements(artifact, store)
+        for knob, limit, bound in _gates(plan, check, measured):
+            verdicts.append(_judged(check, measured, knob, limit, bound, worst, plan.recipe.at("verify", check, knob)))
+    return tuple(verdicts)
+
+
+def load_measurements(artifact: Artifact, store: Store) -> list[Measurement]:
+    """What one check measured."""
+    return [Measurement(**said) for said in json.loads(store.path(artifact, MEASUREMENTS).read_text())]
+
+
+def _gates(plan: Plan, check: str, measured: list[Measurement]) -> Iterator[tuple[str, Limit, float]]:
+    module, knobs = modules("checks")[check], plan.recipe.verify.checks.get(check)
+    for knob, limit in module.LIMITS.items():
+        bound = getattr(knobs, knob, None)
+        if bound is not None:
+            yield knob, limit, bound
+    there = {one.name for one in measured}
+    for name, (limit, bound) in module.FIXED.items():
+        if name in there:  # a measurement may have no meaning: free memory on a GPU that no recipe names
+            yield name, limit, bound
+
+
+def _judged(check: str, measured: list[Measurement], knob: str, limit: Limit, bound: float, worst: str, where: str) -> Verdict:
+    one = next((one for one in measured if one.name == limit.measurement), None)
+    if one is None:
+        return Verdict(check, "failed", f"measured no {limit.measurement}, which {knob} limits", where)
+    interval = "" if one.low == one.high else f" (95% interval {one.low:.4g} to {one.high:.4g})"
+    text = f"{one.name} {one.value:.4g} {one.unit}{interval}, limit: at {'most' if limit.side == 'max' else 'least'} {bound:.4g}"
+    if limit.holds(one, bound):
+        return Verdict(check, "passed", text, where)
+    reasons = (one.detail, f"worst layer: {worst}" if worst else "")
+    return Verdict(check, "failed", "; ".join(part for part in (text, *reasons) if part), where)
+
+
+def worst_layer(quantized: Artifact | None, store: Store) -> str:
+    """The linear whose rounding changed its outputs most, and by how much."""
+    errors: dict[str, float] = {}
+    for name in quantized.files if quantized is not None else ():
+        if quantized is not None and name.endswith(".errors.json"):
+            errors |= json.loads(store.path(quantized, name).read_text())
+    if not errors:
+        return ""
+    name = max(errors, key=lambda layer: errors[layer])
+    return f"{name}, relative output error {errors[name]:.3g}"

@@ -1,0 +1,360 @@
+"""Keys that stay what they are, steps that change where what they read changes, and misfits that are refused before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import models
+import pytest
+import runs
+
+from buildsys import gpus
+from buildsys.errors import BuildErrors
+from buildsys.outlook import outlook
+from buildsys.plan import Plan, plan
+from buildsys.step import Need, digest, reads
+from buildsys.store import Store
+from buildsys.workspace import Workspace
+
+GOLDEN = Path(__file__).parent / "golden" / "keys.json"
+MODEL = Path("recipes/model")
+
+
+class Named(Store):
+    """Takes a file's name for its content, so that keys depend on no bytes of a random model."""
+
+    def sha256(self, path: Path) -> str:
+        return hashlib.sha256(path.name.encode()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.tiny(tmp_path_factory.mktemp("base") / "workspace", num_attention_heads=2, num_key_value_heads=1)
+
+
+@pytest.fixture
+def workspace(base: Path, tmp_path: Path) -> Path:
+    return runs.copy(base, tmp_path / "workspace")
+
+
+def planned(workspace: Path, *edits: tuple[str, str], store: type[Store] = Store) -> Plan:
+    """The plan of the recipe with some text of it replaced; the file itself stays as it is."""
+    path = workspace / "recipes/tiny.yaml"
+    text = path.read_text()
+    for edit in edits:
+        runs.edit(path, *edit)
+    try:
+        return plan(Workspace(workspace).load("tiny"), store(workspace / "artifacts"))
+    finally:
+        path.write_text(text)
+
+
+def with_model(workspace: Path, **config: object) -> Path:
+    shutil.rmtree(workspace / MODEL)
+    models.tiny_llama(workspace / MODEL, **config)
+    return workspace
+
+
+def real_keys(plan: Plan) -> dict[str, str]:
+    """Real keys by "kind title", where every step that computes has an output of its own for every key."""
+    keys: dict[str, str] = {}
+
+    def seen(need: Need) -> str:
+        if need.step.kind == "fetch":  # its output is known: the files that it names
+            return digest({name: sha for name, sha in need.step.knobs["files"].items() if reads(need.files, name)})
+        return digest([keys[need.step.planned_key], sorted(need.files)])
+
+    for step in plan.steps:
+        keys[step.planned_key] = step.key({need.role: seen(need) for need in step.needs})
+    return {f"{step.kind} {step.title}": keys[step.planned_key] for step in plan.steps}
+
+
+def kinds_changed(before: Plan, after: Plan) -> set[str]:
+    """Steps of `after` that are not finished where all of `before` is: kinds, and the names of measurements."""
+    old, new = real_keys(before), real_keys(after)
+    assert len(new) == len(after.steps), "titles tell the steps of one recipe apart"
+    return {name.removeprefix("measure ") if name.startswith("measure") else name for name, key in new.items() if key not in old.values()}
+
+
+TARGET = ("format: awq", "format: awq\ntarget: {gpu: t4}")
+POLICY = ("policy: none", "policy: int8")
+MEMORY = ("  kl: {max_nats: 9.0}", "  kl: {max_nats: 9.0}\n  memory: {}\n  agreement: {min_share: 0.5}\n  perplexity: {}")
+
+
+def test_golden_keys(workspace: Path) -> None:
+    """Keys are made of the same things, in the same way, as they were when golden/keys.json was written.
+
+    A key that changes makes every store in the world build that step again, so this file changes only together with what explains it: a
+    VERSION that was bumped (a slot's, quant's or one in plan.VERSIONS), KEY_FORMAT, a knob or a need that a step has gained or lost. Where
+    a step's output is as before and its key is not, mend the code instead. To write it: BUILDSYS_UPDATE_GOLDEN=1 pytest tests/test_plan.py
+    """
+    made = planned(workspace, POLICY, TARGET, MEMORY, store=Named)
+    real = real_keys(made)
+    steps = [{"step": f"{s.kind} {s.title}", "planned": s.planned_key, "key": real[f"{s.kind} {s.title}"]} for s in made.steps]
+    if os.environ.get("BUILDSYS_UPDATE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(steps, indent=1) + "\n")
+    golden = json.loads(GOLDEN.read_text())
+    assert [one["step"] for one in steps] == [one["step"] for one in golden]
+    assert steps == golden, test_golden_keys.__doc__
+
+
+# The graph
+
+
+def test_graph_has_its_steps_in_order(workspace: Path) -> None:
+    made = planned(workspace, POLICY)
+    kinds = [step.kind for step in made.steps]
+    assert list(dict.fromkeys(kinds)) == ["fetch", "tokens", "disjoint", "calibrate", "quantize", "pack", "assemble", "score", "measure"]
+    seen: set[str] = set()
+    for step in made.steps:
+        assert {before.planned_key for before in (*(need.step for need in step.needs), *step.after)} <= seen
+        seen.add(step.planned_key)
+    assert made.artifact.kind == "assemble" and made.quantized.kind == "quantize" and made.name == "tiny"
+    assert [name for name, _ in made.measures] == ["agreement", "codes", "kl", "kv", "lint", "perplexity"]
+    assert kinds.count("score") == 2, "with the KV policy and without"
+    assert [step.planned_key for step in planned(workspace, POLICY).steps] == [step.planned_key for step in made.steps]
+
+
+def test_paths_and_names_are_in_no_key(workspace: Path, tmp_path: Path) -> None:
+    elsewhere = runs.copy(workspace, tmp_path / "elsewhere" / "other")
+    (elsewhere / "recipes/tiny.yaml").rename(elsewhere / "recipes/renamed.yaml")
+    there = runs.planned(elsewhere, "renamed")
+    assert [step.planned_key for step in there.steps] == [step.planned_key for step in planned(workspace).steps]
+    assert there.steps[0].hints != planned(workspace).steps[0].hints
+
+
+def test_steps_declare_what_they_read(workspace: Path) -> None:
+    made = {f"{step.kind} {step.title}".split()[0]: step for step in planned(workspace).steps}
+    named = {kind: {need.role: need.files for need in step.needs} for kind, step in made.items()}
+    weights = ("config.json", "*.safetensors", "*.safetensors.index.json")
+    assert named["tokens"] == {"source": ("tokenizer.json",), "text": ("*",)}
+    assert named["calibrate"] == {"source": weights, "tokens": ("*",)}
+    assert named["quantize"] == {"source": weights, "stats": ("*",), "tokens": ("*",)}
+    assert named["pack"] == {"source": weights, "blocks": ("*.safetensors",)}
+    assert not any(name.endswith(".safetensors") for name in named["assemble"]["source"]) and "config.json" in named["assemble"]["source"]
+
+
+def test_rounding_that_sees_no_tokens_reads_none(workspace: Path) -> None:
+    for methods, sees in (("[awq, gptq]", True), ("[awq, rtn]", False), ("[rtn]", False)):
+        made = planned(workspace, ("[awq, gptq]", methods)) if methods != "[awq, gptq]" else planned(workspace)
+        assert ("tokens" in {need.role for need in made.quantized.needs}) == sees
+
+
+# What a change changes
+
+SCORED = {"predictions beside the source's", "agreement", "codes", "kl", "lint", "perplexity"}
+BELOW_QUANTIZE = {"format awq", "deployable folder", *SCORED}
+BELOW_CALIBRATE = {"activation statistics", "4-bit g32 asymmetric, awq + gptq", *BELOW_QUANTIZE}
+
+
+def names(steps: set[str]) -> set[str]:
+    """Titles without the kinds before them."""
+    kinds = ("fetch ", "tokens ", "disjoint ", "calibrate ", "quantize ", "pack ", "assemble ", "score ")
+    return {next((step.removeprefix(kind) for kind in kinds if step.startswith(kind)), step) for step in steps}
+
+
+@pytest.mark.parametrize(
+    ("edit", "changed"),
+    [
+        (POLICY, {"deployable folder", "predictions beside the source's, KV cache int8", "kv"}),
+        (("kv_cache: {policy: none}", "kv_cache: {max_entry_count: 0.5}"), {"deployable folder"}),
+        (("max_nats: 9.0", "max_nats: 0.5"), set()),
+        (("kl: {max_nats: 9.0}", "kl: {}"), set()),
+        (("publish: {directory: {path: ../published}}", ""), set()),
+        (TARGET, {"deployable folder"}),
+        (("group_size: 32", "group_size: 64"), {"4-bit g64 asymmetric, awq + gptq", *BELOW_QUANTIZE}),
+        (("[awq, gptq]", "[gptq]"), {"4-bit g32 asymmetric, gptq", *BELOW_QUANTIZE}),
+        (("[awq, gptq]}", "[awq, gptq], skip: [lm_head, down_proj]}"), {"4-bit g32 asymmetric, awq + gptq", *BELOW_QUANTIZE}),
+        (("seed: 0", "seed: 7"), {"calibration text_files 4 x 32, seed 7", "verify text is new", *BELOW_CALIBRATE}),
+        (
+            ("  kl: {max", "  seed: 5\n  kl: {max"),
+            {"verify text_files 4 x 32, seed 5", "verify text is new", *SCORED - {"codes", "lint"}},
+        ),
+    ],
+    ids=["kv", "kv_share", "limit", "no_limit", "publish", "target", "group", "method", "skip", "seed", "verify_seed"],
+)
+def test_knob_changes_the_steps_that_read_it(workspace: Path, edit: tuple[str, str], changed: set[str]) -> None:
+    assert names(kinds_changed(planned(workspace), planned(workspace, edit))) == changed
+
+
+def flip(name: str) -> Callable[[Path], None]:
+    """Changes a byte of white space or of a weight, so that the file says the same of the model's shape."""
+
+    def change(workspace: Path) -> None:
+        path = workspace / "recipes" / name
+        raw = path.read_bytes()
+        path.write_bytes(raw[:-4] + bytes([raw[-4] ^ 1]) + raw[-3:] if name.endswith(".safetensors") else raw + b" ")
+
+    return change
+
+
+TOKENS = {"calibration text_files 4 x 32, seed 0", "verify text_files 4 x 32, seed 1", "verify text is new"}
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("model/model.safetensors", {"source (local)", *BELOW_CALIBRATE}),
+        ("model/generation_config.json", {"source (local)", "deployable folder"}),
+        ("model/tokenizer_config.json", {"source (local)", "deployable folder"}),
+        ("model/tokenizer.json", {"source (local)", *TOKENS, *BELOW_CALIBRATE}),
+        ("model/config.json", {"source (local)", *BELOW_CALIBRATE}),
+        ("verify.txt", {"verify text (text_files)", "verify text_files 4 x 32, seed 1", "verify text is new", *SCORED - {"codes", "lint"}}),
+    ],
+)
+def test_file_changes_the_steps_that_read_it(workspace: Path, name: str, changed: set[str]) -> None:
+    before = planned(workspace)
+    flip(name)(workspace)
+    assert names(kinds_changed(before, planned(workspace))) == changed
+
+
+def test_memory_is_measured_again_for_another_target(workspace: Path) -> None:
+    before = planned(workspace, TARGET, MEMORY)
+    after = planned(workspace, (TARGET[0], "format: awq\ntarget: {gpu: a10}"), MEMORY)
+    assert names(kinds_changed(before, after)) == {"deployable folder", "memory"}
+
+
+# Misfits
+
+
+def refused(workspace: Path, *edits: tuple[str, str]) -> list[tuple[str, str, str]]:
+    with pytest.raises(BuildErrors) as caught:
+        planned(workspace, *edits)
+    assert not list((workspace / "artifacts").glob(".store/manifests/*"))
+    return [(error.where, error.what, error.fix) for error in caught.value.errors]
+
+
+def skip(*patterns: str) -> tuple[str, str]:
+    return "method: [awq, gptq]}", f"method: [awq, gptq], skip: {json.dumps(patterns)}}}"
+
+
+def test_group_size_that_does_not_divide(workspace: Path) -> None:
+    errors = refused(with_model(workspace, intermediate_size=160), ("group_size: 32", "group_size: 128"))
+    what = "quantization.group_size 128 does not divide the 160 input channels of model.layers.0.mlp.down_proj"
+    assert errors == [("recipes/tiny.yaml:8", what, "set group_size: 32, or skip down_proj")]
+    assert planned(workspace, ("group_size: 32", "group_size: 128"), skip("lm_head", "down_proj")).steps, "the fix works"
+    assert planned(workspace).steps, "and so does the other"
+
+
+def test_width_that_fills_no_words(workspace: Path) -> None:
+    errors = refused(with_model(workspace, intermediate_size=100), ("group_size: 32", "group_size: -1"))
+    assert [(where, fix) for where, _, fix in errors] == [
+        ("recipes/tiny.yaml:9", "skip gate_proj"),
+        ("recipes/tiny.yaml:9", "skip up_proj"),
+    ]
+    assert "cannot hold model.layers.0.mlp.gate_proj: packs 8 output channels a word, 100 channels" in errors[0][1]
+    assert planned(workspace, ("group_size: 32", "group_size: -1"), skip("lm_head", "gate_proj", "up_proj")).steps
+
+
+def test_seqlen_beyond_the_models_positions(workspace: Path) -> None:
+    errors = refused(workspace, ("seqlen: 32\n  seed", "seqlen: 257\n  seed"), ("seqlen: 32\n  kl", "seqlen: 512\n  kl"))
+    assert errors == [
+        ("recipes/tiny.yaml:6", "calibration.seqlen is 257; the model has 256 positions", "set calibration.seqlen: 256"),
+        ("recipes/tiny.yaml:14", "verify.seqlen is 512; the model has 256 positions", "set verify.seqlen: 256"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "what", "fix"),
+    [
+        (
+            ["lm_head", "down_prj"],
+            "down_prj matches no linear",
+            "name linears as the model does, for example model.layers.1.mlp.down_proj or down_proj",
+        ),
+        (["lm_head", "layers.2.*"], "layers.2.* matches no linear", "for example"),
+        (["down_proj"], "lacks lm_head", "add lm_head to skip"),
+        ([], "lacks lm_head", "add lm_head to skip"),
+        (["lm_head", "*_proj"], "matches every linear", "narrow the patterns"),
+        (
+            ["lm_head", "layers.0.mlp.gate_proj"],
+            "leaves model.layers.0.mlp.gate_proj float",
+            "skip all of gate_proj, up_proj",
+        ),
+        (["lm_head", "layers.1.*.k_proj"], "leaves model.layers.1.self_attn.k_proj float", "q_proj, k_proj, v_proj"),
+    ],
+)
+def test_skip_patterns(workspace: Path, patterns: list[str], what: str, fix: str) -> None:
+    errors = refused(workspace, skip(*patterns))
+    assert len({error[1] for error in errors if what in error[1]}) >= 1, errors
+    assert all(where == "recipes/tiny.yaml:8" for where, _, _ in errors)
+    assert any(fix in error[2] for error in errors if what in error[1])
+
+
+def test_skip_names_whole_tails(workspace: Path) -> None:
+    made = planned(workspace, skip("lm_head", "layers.0.mlp.*"))
+    assert made.quantized.knobs["skip"] == [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    assert planned(workspace).quantized.knobs["skip"] == []
+
+
+SMALL = gpus.GPU("small", 80, 0.2, 300, 60, "a GPU that does not exist")
+
+
+def test_target_that_is_too_small_says_what_would_do(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpus.GPUS, "small", SMALL)
+    (error,) = refused(workspace, (TARGET[0], "format: awq\ntarget: {gpu: small, count: 1}"))
+    where, what, fix = error
+    assert (
+        where == "recipes/tiny.yaml:10"
+        and what.startswith("target small x 1: needs ")
+        and "GiB too few" in what
+        and "0.2 GiB are there" in what
+    )
+    assert fix
+
+
+@pytest.mark.parametrize(
+    ("config", "gpu", "policy", "held"),
+    [
+        ({"num_attention_heads": 4, "num_key_value_heads": 2}, "t4", "none", "64, 128, 256, head_dim is 32"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 192}, "t4", "none", "64, 128, 256, head_dim is 192"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 192}, "a10", "int4", "64, 128, 256, head_dim is 192"),
+    ],
+)
+def test_heads_without_a_kernel(workspace: Path, config: dict[str, int], gpu: str, policy: str, held: str) -> None:
+    with_model(workspace, **config)
+    target = (TARGET[0], f"format: awq\ntarget: {{gpu: {gpu}}}")
+    edits = [target, ("policy: none", f"policy: {policy}")] if policy != "none" else [target]
+    made = planned(workspace, *edits)
+    assert any(held in note and "PyTorch engine" in note for note in made.notes), made.notes
+    assert made.artifact.knobs["engine"] == "pytorch"
+    assert not any(held in note for note in planned(workspace).notes), "without a target nothing is asked of a GPU"
+
+
+def test_session_longer_than_the_models_positions(workspace: Path) -> None:
+    errors = refused(workspace, (TARGET[0], "format: awq\ntarget: {gpu: t4, session_len: 1024}"))
+    assert errors[0] == ("recipes/tiny.yaml:10", "target.session_len is 1024; the model has 256 positions", "set session_len: 256")
+
+
+def test_every_misfit_is_told_at_once(workspace: Path) -> None:
+    errors = refused(
+        with_model(workspace, intermediate_size=160),
+        ("group_size: 32", "group_size: 128"),
+        ("samples: 4\n  seqlen: 32\n  seed", "seqlen: 300\n  seed"),
+    )
+    assert len(errors) == 2
+
+
+# Notes and outlook
+
+
+def test_engine_that_can_serve_it(workspace: Path) -> None:
+    assert planned(workspace).artifact.knobs["engine"] == "pytorch"
+    assert any("groups of 128 only" in note for note in planned(workspace).notes)
+    wide = planned(workspace, ("group_size: 32", "group_size: 128"))
+    assert wide.artifact.knobs["engine"] == "turbomind" and wide.notes == ()
+
+
+def test_outlook_shows_memory_and_what_a_build_takes(workspace: Path) -> None:
+    without = "\n".join(outlook(planned(workspace)))
+    assert "GiB of memory" in without and "no target GPU named" in without and "note: TurboMind" in without
+    made = planned(workspace, TARGET)
+    text = "\n".join(outlook(made))
+    bar = text[text.index("[") + 1 : text.index("]")]
+    assert len(bar) == 48 and set(bar) <= set(".#=+ ") and "=" in bar and "on t4, 14.6 GiB" in text
+    assert made.serving is not None and f"{made.serving.kv_bytes_per_token:,} bytes of KV a token" in text

@@ -1,0 +1,261 @@
+"""Each step with its declared inputs alone, which are enough; and what fetch, disjoint, pack and assemble promise."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import runs
+import torch
+from safetensors import safe_open
+
+from buildsys import digests, steps
+from buildsys.errors import BuildError
+from buildsys.formats import awq
+from buildsys.io import checkpoint
+from buildsys.plan import Plan, plan
+from buildsys.scheme import Scheme
+from buildsys.step import Request, Resources, Step, reads
+from buildsys.store import Artifact, Store
+from buildsys.survey import describe, survey
+from buildsys.workspace import Workspace
+
+Built = dict[str, Artifact]
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    assert 0 <= done <= total or total == 0
+
+
+class Once(Mapping[str, Path]):
+    """Files of one input, which remembers those that were opened by name."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files, self.asked = files, set[str]()
+
+    def __getitem__(self, name: str) -> Path:
+        self.asked.add(name)
+        return self._files[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def build(made: Plan, store: Store) -> tuple[Built, dict[str, dict[str, Once]]]:
+    """Every step with the files that it declares, and no others; also what each was given, by planned key."""
+    built: Built = {}
+    given: dict[str, dict[str, Once]] = {}
+    for step in made.steps:
+        inputs = {}
+        for need in step.needs:
+            artifact = built[need.step.planned_key]
+            inputs[need.role] = Once({name: store.path(artifact, name) for name in artifact.files if reads(need.files, name)})
+        key = store.key(step, built)
+        stage = store.stage(key)
+        request = Request(step.kind, step.knobs, step.hints, inputs, stage, Resources(threads=2), store.sha256)
+        meta = steps.run(request, quiet)
+        built[step.planned_key] = store.commit(key, stage, meta)
+        given[step.planned_key] = inputs
+    return built, given
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Store, Built, dict[str, dict[str, Once]]]:
+    """An InternLM2, which asks for code of its own, built step by step in this process."""
+    workspace = runs.empty(tmp_path_factory.mktemp("steps") / "workspace")
+    models.tiny_internlm2(workspace / "recipes/model")
+    said = json.loads((workspace / "recipes/model/tokenizer_config.json").read_text())
+    own = {"tokenizer_class": "InternLM2Tokenizer", "auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]}}
+    (workspace / "recipes/model/tokenizer_config.json").write_text(json.dumps(said | own))
+    (workspace / "recipes/model/modeling_internlm2.py").write_text("raise SystemExit('code of the model ran')\n")
+    for name, seed in (("calibration", 1), ("verify", 2)):
+        (workspace / f"recipes/{name}.txt").write_text(models.prose(600, seed))
+    text = runs.TINY.replace("policy: none", "policy: int4").replace("kl: {max_nats: 9.0}", "memory: {}\n  agreement: {}")
+    (workspace / "recipes/tiny.yaml").write_text(
+        text.replace("group_size: 32", "skip: [lm_head, layers.1.feed_forward.w2], group_size: 32")
+    )
+    store = Store(workspace / "artifacts")
+    made = plan(Workspace(workspace).load("tiny"), store)
+    built, given = build(made, store)
+    return made, store, built, given
+
+
+def only(made: Plan, kind: str) -> Step:
+    (step,) = (step for step in made.steps if step.kind == kind)
+    return step
+
+
+def test_declared_inputs_are_enough_and_there(done: Any) -> None:
+    made, _, built, given = done
+    assert set(built) == {step.planned_key for step in made.steps}
+    for step in made.steps:
+        for need in step.needs:
+            files = given[step.planned_key][need.role]
+            assert files, f"{step.kind} declares {need.files} of {need.role}, which match nothing"
+            if need.role == "source":
+                assert not (set(files) - {name for name in files if reads(need.files, name)})
+    tokens = next(step for step in made.steps if step.kind == "tokens")
+    assert set(given[tokens.planned_key]["source"]) == {"tokenizer.json"}
+
+
+def test_request_shows_only_what_was_given(tmp_path: Path) -> None:
+    request = Request("x", {}, {}, {"source": {"config.json": tmp_path}}, tmp_path, Resources(), digests.sha256)
+    assert request.read("source").names() == ("config.json",)
+    with pytest.raises(KeyError):
+        request.read("source").path("model.safetensors")
+    with pytest.raises(KeyError):
+        request.read("tokens")
+
+
+# fetch
+
+
+def fetch(folder: Path, expected: Mapping[str, str], paths: Mapping[str, Path]) -> None:
+    hints = {"paths": {name: str(path) for name, path in paths.items()}}
+    steps.run(Request("fetch", {"files": expected}, hints, {}, folder, Resources(), digests.sha256), quiet)
+
+
+def test_fetch_links_and_refuses_what_changed_since_planning(tmp_path: Path) -> None:
+    source, stage = tmp_path / "model.safetensors", tmp_path / "stage"
+    stage.mkdir()
+    source.write_bytes(b"weights")
+    expected = {"model.safetensors": digests.sha256(source)}
+    for _ in range(2):  # the second time over what a killed run left
+        fetch(stage, expected, {"model.safetensors": source})
+    assert (stage / "model.safetensors").is_symlink() and Path(os.readlink(stage / "model.safetensors")) == source
+    source.write_bytes(b"Weights")
+    with pytest.raises(BuildError, match="changed after the build was planned") as caught:
+        fetch(stage, expected, {"model.safetensors": source})
+    assert caught.value.where == str(source) and "run the same command again" in caught.value.fix
+
+
+# disjoint
+
+
+@pytest.mark.parametrize("shift", [0, 5])
+def test_disjoint_refuses_text_that_was_calibrated_on(tmp_path: Path, shift: int) -> None:
+    seen = models.tokens(4, 96, seed=1)
+    ours = models.tokens(4, 96, seed=2)
+    ours[2] = seen[1].roll(shift)
+    paths = {}
+    for role, tokens in (("calibration", seen), ("verify", ours)):
+        checkpoint.save(tmp_path / f"{role}.safetensors", {"tokens": tokens})
+        paths[role] = {"tokens.safetensors": tmp_path / f"{role}.safetensors"}
+    request = Request("disjoint", {}, {"where": "recipes/x.yaml:9"}, paths, tmp_path, Resources(), digests.sha256)
+    with pytest.raises(BuildError) as caught:
+        steps.run(request, quiet)
+    assert caught.value.where == "recipes/x.yaml:9" and "1 of 4 windows (first: window 2)" in caught.value.what
+    ours[2] = models.tokens(1, 96, seed=3)[0]
+    checkpoint.save(tmp_path / "verify.safetensors", {"tokens": ours})
+    steps.run(request, quiet)
+    assert json.loads((tmp_path / "disjoint.json").read_text()) == {"windows": 4, "shared": 0}
+
+
+# pack
+
+
+def test_pack_lays_tensors_in_the_order_of_the_model(done: Any) -> None:
+    made, store, built, _ = done
+    artifact = built[only(made, "pack").planned_key]
+    assert set(artifact.files) == {"model.safetensors"}
+    raw = store.path(artifact, "model.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    header.pop("__metadata__", None)
+    placed = sorted(header, key=lambda name: header[name]["data_offsets"][0])
+    a = made.survey.architecture
+    skipped = frozenset({"model.layers.1.feed_forward.w2"})
+    layout = steps.packed_layout(a, awq, Scheme(4, 32), skipped)
+    wide_first = sorted(layout, key=lambda name: layout[name][0] != "I32")  # words before halves, so that each lies at its alignment
+    assert placed == wide_first
+    assert {name: (one["dtype"], tuple(one["shape"])) for name, one in header.items()} == layout
+    halves = [name for name in placed if layout[name][0] == "F16"]
+    assert halves[:3] == ["model.tok_embeddings.weight", "model.norm.weight", "output.weight"]
+    for kind in ("I32", "F16"):
+        layers = [int(name.split(".")[2]) for name in placed if name.startswith("model.layers.") and layout[name][0] == kind]
+        assert layers == sorted(layers), "an engine that reads from front to back gets one block after another"
+    assert "model.layers.1.feed_forward.w2.weight" in layout and "model.layers.0.feed_forward.w2.qweight" in layout
+    assert "model.layers.0.attention.wqkv.qweight" in layout and "model.layers.0.attention.wqkv.weight" not in layout
+    assert header["model.layers.0.attention.wqkv.qzeros"] | {"data_offsets": 0} == {
+        "dtype": "I32",
+        "shape": [128 // 32, (128 + 2 * 64) // 8],
+        "data_offsets": 0,
+    }
+
+
+def test_pack_keeps_what_lies_outside_of_the_blocks(done: Any) -> None:
+    made, store, built, _ = done
+    source = made.recipe.folder("source") / "model" / "model.safetensors"
+    with safe_open(source, "pt") as theirs, safe_open(store.path(built[only(made, "pack").planned_key], "model.safetensors"), "pt") as ours:
+        for name in ("model.tok_embeddings.weight", "model.norm.weight", "output.weight"):
+            assert torch.equal(ours.get_tensor(name), theirs.get_tensor(name).half())
+
+
+def test_packed_layout_of_a_tied_model_has_no_head(tmp_path: Path) -> None:
+    folder = models.tiny_qwen2(tmp_path)
+    layout = steps.packed_layout(survey(models.files(folder)).architecture, awq, Scheme(4, 128), frozenset())
+    assert "lm_head.weight" not in layout and layout["model.layers.0.self_attn.q_proj.bias"] == ("F16", (128,))
+    assert layout["model.layers.0.self_attn.q_proj.scales"] == ("F16", (1, 128))
+
+
+# assemble
+
+
+def test_assemble_drops_the_models_own_code(done: Any) -> None:
+    made, store, built, _ = done
+    artifact = built[made.artifact.planned_key]
+    assert not any(name.endswith(".py") for name in artifact.files)
+    config = json.loads(store.path(artifact, "config.json").read_text())
+    source = json.loads((made.recipe.folder("source") / "model" / "config.json").read_text())
+    assert "auto_map" in source and "auto_map" not in config and config["torch_dtype"] == "float16"
+    assert config["quantization_config"]["modules_to_not_convert"] == ["model.layers.1.feed_forward.w2", "output"]
+    kept = {key: value for key, value in source.items() if key not in ("auto_map", "dtype", "torch_dtype")}
+    assert kept.items() <= config.items() and describe(kept, "config.json")[0] == made.survey.architecture
+    tokenizer = json.loads(store.path(artifact, "tokenizer_config.json").read_text())
+    assert "auto_map" not in tokenizer and tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_assemble_takes_everything_else_as_it_is(done: Any) -> None:
+    made, store, built, _ = done
+    artifact, packed = built[made.artifact.planned_key], built[only(made, "pack").planned_key]
+    source = made.recipe.folder("source") / "model"
+    own = {"generation_config.json", "tokenizer.json"}
+    assert set(artifact.files) == {*own, "config.json", "tokenizer_config.json", "model.safetensors", "deploy/lmdeploy.yaml"}
+    for name in own:
+        assert artifact.files[name].sha256 == digests.sha256(source / name)
+    assert artifact.files["model.safetensors"] == packed.files["model.safetensors"]
+    assert "quant_policy: 4" in store.path(artifact, "deploy/lmdeploy.yaml").read_text()
+
+
+# the rest
+
+
+def test_measurements_are_plain_json(done: Any) -> None:
+    made, store, built, _ = done
+    for check, step in made.measures:
+        found = json.loads(store.path(built[step.planned_key], "measurements.json").read_text())
+        assert found, check
+        assert all(
+            set(one) == {"name", "value", "unit", "low", "high", "detail"} and one["low"] <= one["value"] <= one["high"] for one in found
+        )
+
+
+def test_quantize_says_which_blocks_it_found(done: Any, tmp_path: Path) -> None:
+    """A killed run's finished blocks are used again, and counted."""
+    made, store, built, given = done
+    step = made.quantized
+    finished = built[step.planned_key]
+    assert "resumed_blocks" not in finished.meta
+    for name in finished.files:
+        if name.startswith("block-00000."):
+            (tmp_path / name).write_bytes(store.path(finished, name).read_bytes())
+    meta = steps.run(Request(step.kind, step.knobs, step.hints, given[step.planned_key], tmp_path, Resources(), store.sha256), quiet)
+    assert meta == {"resumed_blocks": 1}
+    assert {path.name: digests.sha256(path) for path in tmp_path.iterdir()} == {name: file.sha256 for name, file in finished.files.items()}
