@@ -1,0 +1,7 @@
+"""`python -m buildsys`: see cli.py."""
+
+import sys
+
+from buildsys.cli import main
+
+sys.exit(main())

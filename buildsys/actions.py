@@ -1,0 +1,136 @@
+"""What the commands do that build nothing: check, plan, why, forget, clean, gc, schema. The same under doit and without it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from buildsys import console as show
+from buildsys.driver import Session, limits
+from buildsys.errors import BuildErrors
+from buildsys.history import UNLESS, History, Ingredients, why
+from buildsys.step import Step, digest
+from buildsys.store import Artifact, Found, Store
+
+if TYPE_CHECKING:
+    from buildsys.plan import Plan
+    from buildsys.workspace import Workspace
+
+
+def check(workspace: Workspace) -> list[str]:
+    """Every mistake in any recipe raises, all of them in one BuildErrors."""
+    errors = workspace.check()
+    if errors:
+        raise BuildErrors(errors)
+    count = len(workspace.names())
+    return [f"{count} recipe{'s' if count != 1 else ''}, no mistakes"]
+
+
+def plan(session: Session, name: str) -> list[str]:
+    """Each step: cached, or why it runs; nothing is built."""
+    from buildsys.outlook import outlook
+
+    return [*_table(session, name, sizes=True), *outlook(session.plans[name])]
+
+
+def reasons(session: Session, name: str) -> list[str]:
+    """Each step: cached, or what changed since its last build."""
+    return _table(session, name, sizes=False)
+
+
+def _table(session: Session, name: str, sizes: bool) -> list[str]:
+    steps = session.steps(name)
+    found = session.store.walk(steps)
+    history = History(session.store.home, name)
+    judged = limits(session.plans[name])
+    last = history.pair([*steps, judged])
+    artifacts = {planned: one.artifact for planned, one in found.items() if one.artifact is not None}
+    outputs = {planned: one.output for planned, one in found.items() if one.output is not None}
+    rows = [_row(step, found[step.planned_key], last.get(step.planned_key), outputs, session.store.damage) for step in steps]
+    now = Ingredients.of(judged, digest(judged.knobs), {})
+    before = last.get(judged.planned_key)
+    why_judge = "always, in a moment" if before is None or before.key == now.key else why(now, before)
+    rows.append(("runs", judged, why_judge))
+    cached = sum(state == "cached" for state, _, _ in rows)
+    width = max(len(step.title) for _, step, _ in rows)
+    lines = [f"{name}  ({session.plans[name].recipe.at()})"]
+    for state, step, text in rows:
+        artifact = artifacts.get(step.planned_key)
+        if sizes:
+            text = show.size(artifact.size) if artifact is not None else f"{text}{_expected(step, session.plans[name])}"
+        lines.append(f"  {state:<7} {step.kind:<9} {step.title:<{width}}  {text}".rstrip())
+    lines.append(f"  {len(steps)} steps: {cached} cached, {len(steps) - cached} to run")
+    return lines
+
+
+def _expected(step: Step, plan: Plan) -> str:
+    seconds, size = plan.building.seconds.get(step.kind), plan.building.disk_bytes.get(step.kind)
+    said = [f"about {show.seconds(seconds)}"] if seconds is not None else []
+    said += [show.size(size)] if size is not None else []
+    return f"  ({', '.join(said)})" if said else ""
+
+
+def _row(
+    step: Step, found: Found, last: Ingredients | None, outputs: Mapping[str, Artifact], damage: Mapping[str, str]
+) -> tuple[str, Step, str]:
+    if found.artifact is not None:
+        return "cached", step, ""
+    if found.key is None:
+        return "runs?", step, UNLESS
+    text = why(Ingredients.of(step, found.key, outputs), last, damage.get(found.key))
+    return "runs", step, text
+
+
+def forget(session: Session, name: str) -> list[str]:
+    """The recipe's steps run again at its next build; a recipe that shares one of them builds it again too."""
+    steps = session.steps(name)
+    found = session.store.walk(steps)
+    last = History(session.store.home, name).pair(steps)
+    lines = []
+    for step in steps:
+        now, before = found[step.planned_key].key, last.get(step.planned_key)
+        keys = {key for key in (now, before.key if before is not None else None) if key is not None}
+        if sum(session.store.forget(key) for key in keys):
+            lines.append(f"{name}: forgot {step.kind} {step.title}")
+    return lines or [f"{name}: no step of it was in the store"]
+
+
+def clean(store: Store, name: str) -> list[str]:
+    """artifacts/<recipe> goes; the steps stay."""
+    link = store.root / name
+    if not store.unlink(name):
+        return [f"{link} is not there"]
+    kept = f"its steps stay in {store.home}: `doit forget recipe={name}` drops them, and then `doit gc` frees the disk"
+    return [f"removed {link}; {kept}"]
+
+
+def gc(session: Session) -> list[str]:
+    """Drops what no recipe needs: links of recipes that are no more, steps that no recipe reaches, and what only they used."""
+    store, names = session.store, session.workspace.names()
+    session.plan(names)  # a recipe that cannot be planned may need anything, so it stops gc
+    keep = {found.key for name in names for found in store.walk(session.steps(name)).values() if found.key is not None}
+    gone = [name for name in store.names() if name not in names]
+    freed = store.gc(keep, gone)
+    lines = [f"removed {store.root / name}: there is no such recipe" for name in gone]
+    return [*lines, f"freed {show.size(freed)}; kept what {len(names)} recipe{'s need' if len(names) != 1 else ' needs'}"]
+
+
+def schema() -> str:
+    """JSON Schema of a recipe, for editors."""
+    from buildsys.recipe_schema import text
+
+    return text().rstrip("\n")
+
+
+def description(path: Path, name: str, otherwise: str) -> str:
+    """One line about a recipe, for lists: the first comment on top of its file that says something."""
+    said = ""
+    with path.open(errors="replace") as file:
+        for line in file:
+            text = line.lstrip("# ").strip()
+            if not line.startswith("#") or said:
+                break
+            said = "" if text.startswith("yaml-language-server") else text
+    variant = name.partition("@")[2]
+    return (said or otherwise) + (f" (variant {variant})" if variant else "")

@@ -1,0 +1,297 @@
+"""One run of the build system: which steps the store has, building those that it has not, judging the result. Knows nothing of doit.
+
+Steps may run in several threads at once; whoever schedules them (tasks.py with doit, cli.py in a loop) sees to the order.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, get_args
+
+from buildsys import console as show
+from buildsys.console import Console
+from buildsys.errors import BuildError, BuildErrors
+from buildsys.history import History, Ingredients
+from buildsys.measurement import Verdict
+from buildsys.slots import modules
+from buildsys.step import Step, digest
+from buildsys.store import Artifact, Store
+from buildsys.worker import STEPS, Device, Job, Workers, perform
+
+if TYPE_CHECKING:
+    from buildsys.plan import Plan
+    from buildsys.workspace import Workspace
+
+DEVICES: tuple[Device, ...] = get_args(Device)
+BATCH = 8  # sequences prefetched at a time; changes speed and memory, never a result
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run, as said on the command line; none of it changes a result."""
+
+    threads: int
+    batch: int = BATCH
+    device: Device = "auto"
+
+    @classmethod
+    def read(cls, said: Mapping[str, str]) -> Settings:
+        asked = said.get("device", "auto")
+        device = next((known for known in DEVICES if known == asked), None)
+        if device is None:
+            raise BuildError(f"device={asked}", "is no kind of device", f"say one of {', '.join(DEVICES)}")
+        return cls(_count("threads", said, len(os.sched_getaffinity(0))), _count("batch", said, BATCH), device)
+
+
+def _count(name: str, said: Mapping[str, str], default: int) -> int:
+    text = said.get(name, str(default))
+    if not text.isdecimal() or not 1 <= int(text) <= 1024:
+        raise BuildError(f"{name}={text}", "is no number from 1 to 1024", f"write {name}={default}, or leave it out")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one step in this run."""
+
+    built: bool  # False: the store had it
+    seconds: float
+    size: int
+    log: Path | None = None
+
+    def line(self, step: Step) -> str:
+        text = f"{'built' if self.built else 'cached':<7} {step.kind:<9} {step.title:<42}"
+        text += f" {show.seconds(self.seconds) if self.built else '':>12} {show.size(self.size):>8}"
+        return (f"{text}  {self.log}" if self.log else text).rstrip()
+
+
+class Session:
+    """The plans of the recipes asked for, and what is known and built of their steps so far."""
+
+    def __init__(self, workspace: Workspace, store: Store, settings: Settings, console: Console, steps: str = STEPS) -> None:
+        self.workspace, self.store, self.settings, self.console = workspace, store, settings, console
+        self.plans: dict[str, Plan] = {}
+        self.outcomes: dict[str, Outcome] = {}  # by planned key
+        self.verdicts: dict[str, tuple[Verdict, ...]] = {}  # by recipe
+        self._artifacts: dict[str, Artifact] = {}  # by planned key
+        self._histories: dict[str, History] = {}
+        self._steps = steps
+        self._sets: dict[str, frozenset[Step]] = {}
+        self._began = time.monotonic()
+        self._lock = threading.RLock()
+        self._held = ExitStack()
+        self._workers = Workers(store.home, steps)
+
+    def open(self, names: Iterable[str]) -> None:
+        """Plans recipes that will be built; gc is held off until `end`."""
+        self._held.enter_context(self.store.in_use())
+        self.plan(names)
+
+    def plan(self, names: Iterable[str]) -> None:
+        """Plans every recipe before any step runs, so that a mistake in the last one costs seconds."""
+        from buildsys.plan import plan
+
+        errors: list[BuildError] = []
+        for name in names:
+            try:
+                self.plans.setdefault(name, plan(self.workspace.load(name), self.store, self.settings.threads))
+            except BuildErrors as several:
+                errors += several.errors
+            except BuildError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0] if len(errors) == 1 else BuildErrors(errors)
+
+    def steps(self, name: str) -> tuple[Step, ...]:
+        """What a build of the recipe runs, needs first: everything but publishing."""
+        plan = self.plans[name]
+        return _walk(plan.artifact, *(step for _, step in plan.measures))
+
+    def look(self) -> None:
+        """Finds what is there, and warms up a child process where one will be needed."""
+        for name in self.plans:
+            steps = self.steps(name)
+            found = self.store.walk(steps)
+            for step in steps:
+                artifact = found[step.planned_key].artifact
+                if artifact is not None:
+                    self._artifacts[step.planned_key] = artifact
+                elif step.heavy:
+                    self._workers.warm()
+
+    def key(self, step: Step) -> str:
+        """The real key, once what the step needs is built."""
+        return self.store.key(step, self._artifacts)
+
+    def ready(self, step: Step) -> bool:
+        """Whether the store has the step's output; asked when its needs are built."""
+        artifact = self._artifacts.get(step.planned_key) or self.store.find(self.key(step))
+        if artifact is None:
+            return False
+        self._done(step, artifact, Outcome(False, 0.0, artifact.size))
+        return True
+
+    def build(self, step: Step, again: bool = False) -> None:
+        """Runs the step; `again` also where the store has it."""
+        key, began = self.key(step), time.monotonic()
+        ingredients = Ingredients.of(step, key, self._artifacts)
+        job = self._job(step, key, again, ingredients)
+        log = self.store.log(step.kind, key) if step.heavy else None
+
+        def progress(phase: str, done: int, total: int) -> None:
+            self.console.progress(step.planned_key, job.name, phase, done, total)
+
+        def waiting(holder: str) -> None:
+            self.console.line(f"waits   {job.name}: {holder} has it")
+
+        try:
+            built = self._workers.run(job, log, progress, waiting) if log else perform(job, progress, waiting, self._functions)
+        finally:
+            self.console.finished(step.planned_key)
+        artifact = self.store.find(key)
+        if artifact is None:
+            raise BuildError(job.name, "its output was damaged or dropped as soon as it was built", "run the same command again")
+        self._done(step, artifact, Outcome(built, time.monotonic() - began, artifact.size, log), write=True)
+
+    def judge(self, name: str) -> list[str]:
+        """Holds the recipe's measurements to its limits. artifacts/<recipe> moves where they hold, and never leads to what failed."""
+        from buildsys.verdict import judge
+
+        plan = self.plans[name]
+        verdicts = self.verdicts[name] = judge(plan, self.store)
+        artifact = self._artifacts[plan.artifact.planned_key]
+        self._note_limits(name)
+        failed = [verdict for verdict in verdicts if verdict.state == "failed"]
+        if failed:
+            raise self._failed(plan, artifact, failed)
+        self.store.link(name, self.store.tree(artifact))
+        return [f"{verdict.state:<7} {verdict.check:<9} {verdict.text}" for verdict in verdicts]
+
+    def publish(self, name: str) -> list[str]:
+        """Sends the judged artifact where the recipe says. Publishing looks at the other side each time, so it is never cached."""
+        plan = self.plans[name]
+        chosen = plan.recipe.publish.publishers
+        if not chosen:
+            raise BuildError(plan.recipe.at("publish"), f"{name} says not where to publish", "write publish: {directory: {path: …}}")
+        skipped = [verdict for verdict in self.verdicts[name] if verdict.state != "passed"]
+        if skipped:
+            text = "; ".join(f"{verdict.check} was skipped: {verdict.text}" for verdict in skipped)
+            fix = "run it where every declared check can run, or take the check out of the recipe"
+            raise BuildError(plan.recipe.at("verify"), f"{name} is not published: {text}", fix)
+        tree = self.store.tree(self._artifacts[plan.artifact.planned_key])
+        lines = []
+        for publisher, knobs in chosen.items():
+            module = modules("publishers")[publisher]
+            task = f"publish {name}"
+
+            def progress(phase: str, done: int, total: int, task: str = task) -> None:
+                self.console.progress(task, task, phase, done, total)
+
+            try:
+                receipt = module.publish(knobs, tree, module.destination(knobs, plan.recipe.folder("publish", publisher)), progress)
+            finally:
+                self.console.finished(task)
+            lines.append(f"published {name} -> {receipt.url} ({publisher}, read back, digest {receipt.digest[:12]})")
+        return lines
+
+    def summary(self, name: str) -> str:
+        """One line on the whole recipe."""
+        steps = self.steps(name)
+        outcomes = [self.outcomes[step.planned_key] for step in steps if step.planned_key in self.outcomes]
+        built = sum(outcome.built for outcome in outcomes)
+        took = show.seconds(time.monotonic() - self._began)
+        if name not in self.verdicts or any(verdict.state == "failed" for verdict in self.verdicts[name]):
+            return f"{name}: not complete; {len(outcomes)} of {len(steps)} steps are done and kept"
+        made = f"built {built} of {len(steps)} steps in {took}" if built else f"{len(steps)} steps, all cached"
+        skipped = sum(verdict.state != "passed" for verdict in self.verdicts[name])
+        return f"{name}: {made}{f', {skipped} checks skipped' if skipped else ''} -> {self.store.root / name}"
+
+    def end(self) -> None:
+        """No child survives this, and gc may work again."""
+        self._workers.end()
+        self._held.close()
+        self.console.close()
+
+    @cached_property
+    def _functions(self) -> ModuleType:
+        return import_module(self._steps)
+
+    def _job(self, step: Step, key: str, again: bool, made_of: Ingredients) -> Job:
+        inputs = {
+            need.role: {name: str(self.store.path(self._artifacts[need.step.planned_key], name)) for name in made_of.inputs[need.role]}
+            for need in step.needs
+        }
+        settings = self.settings
+        return Job(
+            kind=step.kind,
+            title=step.title,
+            key=key,
+            knobs=step.knobs,
+            hints=step.hints,
+            inputs=inputs,
+            root=str(self.store.root),
+            heavy=step.heavy,
+            threads=settings.threads,
+            batch=settings.batch,
+            device=settings.device,
+            again=again,
+            meta={"version": step.version, "knobs": step.knobs, "inputs": made_of.inputs},
+        )
+
+    def _done(self, step: Step, artifact: Artifact, outcome: Outcome, write: bool = False) -> None:
+        with self._lock:
+            self._artifacts[step.planned_key] = artifact
+            self.outcomes.setdefault(step.planned_key, outcome)
+            if outcome.built:
+                self.outcomes[step.planned_key] = outcome
+            ingredients = Ingredients.of(step, artifact.key, self._artifacts)
+            for name, plan in self.plans.items():
+                if step in self._members(name):
+                    self._history(name).note(step, ingredients)
+                    if write:
+                        self._history(name).write([*self.steps(name), limits(plan)])
+
+    def _members(self, name: str) -> frozenset[Step]:
+        if name not in self._sets:
+            self._sets[name] = frozenset(self.steps(name))
+        return self._sets[name]
+
+    def _history(self, name: str) -> History:
+        if name not in self._histories:
+            self._histories[name] = History(self.store.home, name)
+        return self._histories[name]
+
+    def _note_limits(self, name: str) -> None:
+        step = limits(self.plans[name])
+        with self._lock:
+            self._history(name).note(step, Ingredients.of(step, digest(step.knobs), {}))
+            self._history(name).write([*self.steps(name), step])
+
+    def _failed(self, plan: Plan, artifact: Artifact, failed: list[Verdict]) -> BuildError:
+        link = self.store.root / plan.name
+        if self.store.linked(plan.name) == artifact.digest():
+            self.store.unlink(plan.name)
+        left = f"{link} still leads to an earlier build" if link.is_symlink() else f"there is no {link}"
+        fix = "quantize less (more bits, smaller groups, more calibration text), or set a limit that you can live with"
+        fix += f"; the measurements are kept, and {left}"
+        errors = [BuildError(verdict.where, f"{plan.name} fails check {verdict.check}: {verdict.text}", fix) for verdict in failed]
+        return errors[0] if len(errors) == 1 else BuildErrors(errors)
+
+
+def _walk(*ends: Step) -> tuple[Step, ...]:
+    return tuple({step.planned_key: step for end in ends for step in end.walk()}.values())
+
+
+def limits(plan: Plan) -> Step:
+    """Judging as a step, for `why` alone: it is never cached."""
+    knobs = {name: knobs.model_dump(mode="json") for name, knobs in plan.recipe.verify.checks.items()}
+    return Step("judge", "limits against measurements", 1, knobs)

@@ -1,0 +1,369 @@
+"""Runs one step at a time: `perform` wherever it is called, `Workers` in child processes that have torch and die with their driver.
+
+A child's stdin is its lifeline: a pipe that never carries a byte and whose other end only the driver holds. When the driver ends, however
+it ends, the kernel closes that end and sends the child's process group a SIGKILL (fcntl(2), F_SETSIG: no Python has to run, so a step that
+sits in C code cannot delay it); elsewhere than on Linux a thread that waits on the pipe does it. Jobs and answers are lines of JSON over a
+socket pair of their own, so nothing that a step prints can corrupt them: what it prints goes to the step's log.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import importlib
+import json
+import os
+import platform
+import resource
+import signal
+import site
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from buildsys import disk
+from buildsys.errors import BuildError, BuildErrors
+from buildsys.step import Request, Resources
+from buildsys.store import Store
+
+Progress = Callable[[str, int, int], None]  # what, done, of how many
+Device = Literal["auto", "cpu", "cuda"]
+PROGRESS_EVERY_S = 0.1
+COMPUTES = ("buildsys", "torch", "numpy", "safetensors", "tokenizers", "sentencepiece")
+STEPS = "buildsys.steps"
+"""The module whose `run(Request(...), progress)` does the work; tests name another."""
+
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # parallelism is over fixed units of work, in our own threads: results never depend on it
+    "MKL_NUM_THREADS": "1",
+    # glibc raises its threshold for mapped memory to 32 MiB as it goes, and then keeps what tensors have freed: measured 1.3 GiB instead of
+    # 0.6 GiB in `score`, at no gain in speed. A fixed threshold turns that off.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 20),
+    "MALLOC_ARENA_MAX": "2",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONUNBUFFERED": "1",  # a killed step's log ends where the step did
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A step with everything it needs to run, as plain JSON."""
+
+    kind: str
+    title: str
+    key: str
+    knobs: Mapping[str, Any]
+    hints: Mapping[str, Any]
+    inputs: Mapping[str, Mapping[str, str]]  # role -> name -> absolute path
+    root: str  # of the store
+    heavy: bool
+    threads: int = 1
+    batch: int = 1
+    device: Device = "auto"
+    again: bool = False  # also where the store has it
+    meta: Mapping[str, Any] = field(default_factory=dict)  # recorded beside what the step says of itself
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.title}"
+
+
+def perform(job: Job, progress: Progress, waiting: Callable[[str], None], steps: ModuleType) -> bool:
+    """Runs the step and commits what it made. False: another process built it while this one waited."""
+    store = Store(Path(job.root))
+    with ExitStack() as held:
+        held.enter_context(store.lock(job.key, waiting))
+        if job.again:
+            store.forget(job.key)
+        elif store.find(job.key) is not None:
+            return False
+        device = _device(job)
+        if device == "cuda":  # one step at a time on a GPU
+            held.enter_context(store.lock("gpu", waiting))
+        stage = store.stage(job.key)
+        began = time.monotonic()
+        inputs = {role: {name: Path(path) for name, path in files.items()} for role, files in job.inputs.items()}
+        resources = Resources(threads=job.threads, batch=job.batch, device=device)
+        request = Request(job.kind, job.knobs, job.hints, inputs, stage, resources, store.sha256)
+        try:
+            facts = steps.run(request, progress)
+        except OSError as error:
+            known = disk.explained(error, stage)
+            if known is None:
+                raise
+            raise known from error
+        progress("writing to the store", 0, 0)
+        built = {**job.meta, "kind": job.kind, "title": job.title, "seconds": round(time.monotonic() - began, 3), "versions": _versions()}
+        store.commit(job.key, stage, {**facts, "built": built})
+    return True
+
+
+def _device(job: Job) -> Literal["cpu", "cuda"]:
+    """Where a heavy step computes; the others need no torch, and no GPU."""
+    if not job.heavy or job.device == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if job.device == "cuda":
+        raise BuildError("device=cuda", f"torch {torch.__version__} finds no CUDA device here", "say device=cpu, or leave device= away")
+    return "cpu"
+
+
+def _versions() -> dict[str, str]:
+    """Of what computed this output. Recorded, and not in the key: see the design page."""
+    loaded = {name: sys.modules[name] for name in COMPUTES if name in sys.modules}
+    return {"python": platform.python_version(), **{name: str(getattr(module, "__version__", "?")) for name, module in loaded.items()}}
+
+
+# The driver's side
+
+
+class Workers:
+    """Child processes for heavy steps: as many as run at one time, each kept for the steps that follow (importing torch costs seconds)."""
+
+    def __init__(self, home: Path, steps: str = STEPS) -> None:
+        self._home, self._steps = home, steps
+        self._lock = threading.Lock()
+        self._idle: list[Worker] = []
+        self._all: list[Worker] = []
+        self._ended = False
+
+    def warm(self) -> None:
+        """A heavy step will come: start a child now, so that it has imported torch by then."""
+        with self._lock:
+            if not self._all and not self._ended:
+                self._idle.append(self._start())
+
+    def run(self, job: Job, log: Path, progress: Progress, waiting: Callable[[str], None]) -> bool:
+        """`perform` in a child. An error of the step is a BuildError; the end of the child is one too, with its likely reason."""
+        with self._lock:
+            if self._ended:
+                raise BuildError(job.name, "did not run: the build was interrupted", "run the same command again")
+            worker = next((worker for worker in self._idle if worker.alive), None)
+            if worker is None:
+                worker = self._start()
+            else:
+                self._idle.remove(worker)
+        done = False
+        try:
+            built = worker.run(job, log, progress, waiting)
+            done = True
+        except BuildError:
+            done = worker.alive
+            raise
+        finally:
+            with self._lock:
+                if done:
+                    self._idle.append(worker)
+                else:
+                    self._all.remove(worker)
+            if not done:
+                worker.kill()
+        return built
+
+    def end(self) -> None:
+        """No child survives this."""
+        with self._lock:
+            self._ended = True
+            for worker in self._all:
+                worker.kill()
+
+    def _start(self) -> Worker:
+        worker = Worker(self._home, self._steps)
+        self._all.append(worker)
+        return worker
+
+
+class Worker:
+    """One child process, in a session and process group of its own."""
+
+    def __init__(self, home: Path, steps: str) -> None:
+        near, far = socket.socketpair()
+        with disk.writing(home), far:
+            (home / "logs").mkdir(parents=True, exist_ok=True)
+            with (home / "logs" / "worker.log").open("ab") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "buildsys.worker", str(far.fileno()), steps],
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[far.fileno()],
+                    start_new_session=True,
+                    env=_environment(),
+                )
+        self._channel = near
+        self._answers = near.makefile("rb")
+        self._log = home / "logs" / "worker.log"
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def run(self, job: Job, log: Path, progress: Progress, waiting: Callable[[str], None]) -> bool:
+        said = self._log  # where its last words are
+        try:
+            self._channel.sendall(json.dumps({"job": asdict(job), "log": str(log)}).encode() + b"\n")
+            for line in self._answers:
+                answer = json.loads(line)
+                if "began" in answer:
+                    said = log
+                elif "progress" in answer:
+                    progress(*answer["progress"])
+                elif "waiting" in answer:
+                    waiting(answer["waiting"])
+                elif "errors" in answer:
+                    raise _error(answer["errors"])
+                else:
+                    return bool(answer["built"])
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it has ended: told below
+        raise _ended(job, said, self._process)
+
+    def kill(self) -> None:
+        """The child and whatever it started."""
+        if self._process.poll() is None:
+            try:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it ended by itself meanwhile
+        self._process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """The child's environment; it imports the buildsys that its driver has, also where that is not installed."""
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = {**os.environ, **ENVIRONMENT}
+    if root not in (*site.getsitepackages(), site.getusersitepackages()):
+        # Parts of the path that only the driver has (a test's folder) come too.
+        environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return environment
+
+
+def _error(parts: list[list[str]]) -> BuildError:
+    errors = [BuildError(*three) for three in parts]
+    return errors[0] if len(errors) == 1 else BuildErrors(errors)
+
+
+def _ended(job: Job, log: Path, process: subprocess.Popen[bytes]) -> BuildError:
+    """Why a child ended in the middle of a step, as far as its exit status and its log tell."""
+    status = process.wait()
+    if status == -signal.SIGKILL:
+        what = "was killed from outside, most likely because the machine's memory ran out"
+        fix = f"give it more memory, or run with batch=1 threads=1; what it had finished is kept (its log: {log})"
+        return BuildError(job.name, what, fix)
+    if status < 0:
+        what = f"crashed with {signal.Signals(-status).name}"
+    else:
+        what = f"internal error: {_last_line(log)}"
+    return BuildError(job.name, what, f"this is a bug in buildsys: please report it with {log}; what the step had finished is kept")
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = log.read_text(errors="replace").split("\n")
+    except OSError:
+        return "its log cannot be read"
+    return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
+
+
+# The child's side
+
+
+def main(arguments: list[str]) -> None:
+    threading.Thread(target=_die_with_driver, daemon=True).start()
+    channel = socket.socket(fileno=int(arguments[0]))
+    channel.set_inheritable(False)
+    steps = _load(arguments[1])
+    for line in channel.makefile("rb"):
+        asked = json.loads(line)
+        job = Job(**asked["job"])
+        _answer(channel, _serve(job, Path(asked["log"]), channel, steps))
+        gc.collect()  # the next step begins with this one's memory free
+
+
+def _load(name: str) -> ModuleType:
+    """Imports what every heavy step needs, before the first one is asked for."""
+    if name == STEPS:
+        import torch
+
+        torch.set_num_threads(1)
+    return importlib.import_module(name)
+
+
+def _serve(job: Job, log: Path, channel: socket.socket, steps: ModuleType) -> dict[str, Any]:
+    """One job. An error that is none of ours ends this process, with its traceback in the step's log."""
+    last = 0.0
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PROGRESS_EVERY_S or done == total:
+            last = now
+            _answer(channel, {"progress": [what, done, total]})
+
+    def waiting(holder: str) -> None:
+        _answer(channel, {"waiting": holder})
+
+    try:
+        with disk.writing(log):
+            _print_to(log, job)
+        _answer(channel, {"began": True})
+        return {"built": perform(job, progress, waiting, steps)}
+    except BuildErrors as errors:
+        return {"errors": [[error.where, error.what, error.fix] for error in errors.errors]}
+    except BuildError as error:
+        return {"errors": [[error.where, error.what, error.fix]]}
+    except MemoryError as error:
+        return {"errors": [_out_of_memory(job, str(error))]}
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, for a GPU
+            raise
+        return {"errors": [_out_of_memory(job, str(error).partition(". ")[0])]}
+
+
+def _out_of_memory(job: Job, said: str) -> list[str]:
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    what = f"ran out of memory: {said} (peak {peak_gib:.1f} GiB)"
+    return [job.name, what, "run with batch=1 threads=1, or device=cpu; finished work is kept"]
+
+
+def _print_to(log: Path, job: Job) -> None:
+    """From here on, what this process prints goes to `log`, below what an earlier run of the step said there."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    print(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {job.name}, key {job.key}, process {os.getpid()} on {socket.gethostname()}")
+    print(json.dumps({"knobs": job.knobs, "inputs": job.inputs, "threads": job.threads, "batch": job.batch, "device": job.device}))
+
+
+def _answer(channel: socket.socket, answer: dict[str, Any]) -> None:
+    channel.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def _die_with_driver() -> None:
+    lifeline = 0
+    if sys.platform == "linux":
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    while os.read(lifeline, 1):
+        pass
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
