@@ -7,135 +7,25 @@ only where this command line builds or publishes them: listing 1,000 recipes rea
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
-from doit.exceptions import BaseFail, TaskFailed, UnmetDependency
+from doit.exceptions import TaskFailed
 
 from buildsys import actions, disk
-from buildsys.console import Console
-from buildsys.driver import Session, Settings
+from buildsys.driver import Session
 from buildsys.errors import BuildError
-from buildsys.step import Step
-from buildsys.store import Store
-from buildsys.workspace import Workspace
+from buildsys.invocation import Run, invocation, task_name
+from buildsys.reporter import Reporter
 
 __all__ = ["DOIT_CONFIG", "task_build", "task_check", "task_gc", "task_plan", "task_publish", "task_test", "task_why"]
 
 Task = dict[str, Any]
-COMMANDS = frozenset({"run", "list", "info", "clean", "forget", "help", "ignore", "dumpdb", "strace", "tabcompletion", "resetdep"})
-VARIABLES = ("recipe", "threads", "batch", "device")
 PROCESS = os.getpid()
-
-
-@dataclass(frozen=True)
-class Line:
-    """The command line, by doit's rules: `name=value` anywhere is a variable."""
-
-    command: str  # doit's; "run" where none is named
-    words: tuple[str, ...]
-    said: dict[str, str]
-
-    @classmethod
-    def read(cls, arguments: list[str]) -> Line:
-        words = tuple(word for word in arguments if word[:1] not in ("", "-") and "=" not in word)
-        said: dict[str, str] = {}
-        for word in arguments:
-            if word[:1] not in ("", "-") and "=" in word:
-                name, value = word.split("=", 1)
-                said[name] = f"{said[name]},{value}" if name == "recipe" and name in said else value
-        return cls(next((word for word in words if word in COMMANDS), "run"), words, said)
-
-    def names(self, task: str) -> list[str]:
-        """Recipes named as `task:recipe`."""
-        return [word.partition(":")[2] for word in self.words if word.startswith(f"{task}:")]
-
-    @property
-    def builds(self) -> bool:
-        """Whether `recipe=` says what to build: `doit build`, `doit publish`, or plain `doit`."""
-        tasks = {name.removeprefix("task_") for name in __all__}
-        named = [word for word in self.words if word.partition(":")[0] in tasks]
-        return self.command == "run" and (not named or "build" in named or "publish" in named)
-
-
-class Run:
-    """What this process was asked for, read once."""
-
-    def __init__(self) -> None:
-        self.line = Line.read(sys.argv[1:])
-        self.console = Console()
-        self.workspace = Workspace(Path.cwd())
-        self.store = Store()
-        for name in self.line.said:
-            if name not in VARIABLES:
-                raise _unknown_variable(name)
-        self.session = Session(self.workspace, self.store, Settings.read(self.line.said), self.console)
-
-    def asked(self, task: str) -> list[str]:
-        """Recipes of `recipe=`, which has to be there."""
-        spec = self.line.said.get("recipe")
-        if spec is None:
-            names = list(self.workspace.names())
-            shown = ", ".join([*names[:12], *(["…"] if len(names) > 12 else [])])
-            known = f"recipes: {shown}" if names else "there is no recipe under recipes/ yet"
-            raise BuildError(f"doit {task}", "which recipe?", f"write doit {task} recipe={names[0] if names else 'NAME'}  ({known})")
-        return self.workspace.find(spec)
-
-    @cached_property
-    def selected(self) -> list[str]:
-        """Recipes that this command line builds or publishes. All are planned before the first step of any of them runs."""
-        names = dict.fromkeys(self.workspace.find(",".join(found)) if (found := self._by_task()) else [])
-        if self.line.builds and "recipe" in self.line.said:
-            names |= dict.fromkeys(self.asked("build"))
-        if names:
-            self.session.open(names)
-            self.session.look()
-        return list(names)
-
-    def _by_task(self) -> list[str]:
-        return [*self.line.names("build"), *self.line.names("publish")] if self.line.command == "run" else []
-
-    @cached_property
-    def steps(self) -> dict[str, Step]:
-        """Steps of the selected recipes by task name; recipes share equal ones."""
-        return {_task(step): step for name in self.selected for step in self.session.steps(name)}
-
-    @cached_property
-    def before(self) -> dict[str, list[str]]:
-        """Tasks before each step. What runs *after* what is in no key: equal steps of two recipes may wait for different ones."""
-        found: dict[str, dict[str, None]] = {}
-        for name in self.selected:
-            for step in self.session.steps(name):
-                ahead = (*(need.step for need in step.needs), *step.after)
-                found.setdefault(_task(step), {}).update(dict.fromkeys(map(_task, ahead)))
-        return {task: list(ahead) for task, ahead in found.items()}
-
-
-@cache
-def _run() -> Run:
-    return Run()
-
-
-def _unknown_variable(name: str) -> BuildError:
-    from difflib import get_close_matches
-
-    near = get_close_matches(name, VARIABLES, 1, 0.5)
-    fix = f"did you mean {near[0]}=?" if near else f"the variables are {', '.join(f'{known}=' for known in VARIABLES)}"
-    return BuildError(f"{name}=", "is no variable of buildsys", fix)
-
-
-def _task(step: Step) -> str:
-    return f"{step.kind}:{step.planned_key[:16]}"
 
 
 # Task creators
@@ -167,7 +57,7 @@ def _refuse(error: BuildError) -> NoReturn:
 
 def _build_tasks() -> Iterator[Task]:
     """recipe=NAME[,NAME]: build, verify and link artifacts/NAME (NAME: a name, a glob, a path)"""
-    run = _run()
+    run = invocation()
     if run.line.command != "run":
         yield from _listed("build", _build_tasks.__doc__ or "")
         return
@@ -175,7 +65,7 @@ def _build_tasks() -> Iterator[Task]:
         ready = [(_ready, [task])]
         yield _plain(task, (_act, [_step, task]), task_dep=run.before[task], uptodate=ready, doc=f"{step.kind} {step.title}")
     for name in run.selected:
-        steps = [_task(step) for step in run.session.steps(name)]
+        steps = [task_name(step) for step in run.session.steps(name)]
         yield _plain(f"judge:{name}", (_act, [_judge, name]), task_dep=steps)
         yield _plain(f"build:{name}", None, task_dep=[f"judge:{name}"], uptodate=[Current(name)], doc=f"build {name}")
     names = run.asked("build") if run.line.builds and "recipe" in run.line.said else []
@@ -185,7 +75,7 @@ def _build_tasks() -> Iterator[Task]:
 
 def _publish_tasks() -> Iterator[Task]:
     """recipe=NAME[,NAME]: build, then publish"""
-    run = _run()
+    run = invocation()
     if run.line.command != "run":
         yield _plain("publish", (_act, [_which, "publish"]), doc=_publish_tasks.__doc__)
         return
@@ -198,7 +88,7 @@ def _publish_tasks() -> Iterator[Task]:
 
 def _listed(task: str, doc: str) -> Iterator[Task]:
     """For commands that run nothing: every recipe as a task, from its name alone."""
-    run = _run()
+    run = invocation()
     recipes = run.workspace.names()
     for name, path in recipes.items():
         at = path.relative_to(run.workspace.root)
@@ -276,7 +166,7 @@ def task_test() -> Iterator[Task]:
 
 def _act(do: Callable[..., Iterable[str]], *arguments: Any) -> TaskFailed | None:
     """Shows what `do` has to say; an error that a user can mend is a failed task, anything else is doit's to catch."""
-    run = _run()
+    run = invocation()
     if os.getpid() != PROCESS:
         what = "cannot share what is built among its processes"
         return TaskFailed(str(BuildError("doit -P process", what, "use -P thread, the default here")))
@@ -295,7 +185,7 @@ def _act(do: Callable[..., Iterable[str]], *arguments: Any) -> TaskFailed | None
 
 def _ready(name: str) -> bool:
     """doit's `uptodate`: asked when the tasks before it are done. What is wrong shows again, aloud, when the step runs."""
-    run = _run()
+    run = invocation()
     try:
         return run.session.ready(run.steps[name])
     except (BuildError, OSError):
@@ -337,7 +227,7 @@ def _gc(run: Run) -> Iterable[str]:
 
 
 def _clean(name: str, dryrun: bool) -> None:
-    run = _run()
+    run = invocation()
     for line in [f"would remove {run.store.root / name}"] if dryrun else actions.clean(run.store, name):
         run.console.line(line)
 
@@ -351,7 +241,7 @@ def _test(arguments: list[str] | None) -> TaskFailed | None:
 
 def forget(names: list[str], everything: bool) -> int:
     """`doit forget`, for the recipes that the line names; returns the exit status."""
-    run = _run()
+    run = invocation()
     try:
         chosen = list(run.workspace.names()) if everything else names or run.asked("forget")
         run.session.plan(chosen)
@@ -371,7 +261,7 @@ class Current:
         self._why = "not looked at"
 
     def __call__(self) -> bool:
-        run = _run()
+        run = invocation()
         session = run.session
         try:
             session.plan([self._name])
@@ -385,96 +275,6 @@ class Current:
 
     def __repr__(self) -> str:
         return self._why
-
-
-# Reporting
-
-
-class Reporter:
-    """One line for each step, errors as they come, one line for each recipe at the end."""
-
-    desc = "one line for each step (buildsys)"
-
-    def __init__(self, outstream: TextIO, options: dict[str, Any]) -> None:
-        self._run = _run()
-        if outstream is not sys.stdout:
-            self._run.console.redirect(outstream)
-        self._errors: list[str] = []
-
-    def initialize(self, tasks: dict[str, Any], selected_tasks: list[str]) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, _interrupted)
-
-    def get_status(self, task: Any) -> None:
-        pass
-
-    def execute_task(self, task: Any) -> None:
-        pass
-
-    def skip_ignore(self, task: Any) -> None:
-        pass
-
-    def teardown_task(self, task: Any) -> None:
-        pass
-
-    def skip_uptodate(self, task: Any) -> None:
-        self._outcome(task)
-
-    def add_success(self, task: Any) -> None:
-        self._outcome(task)
-
-    def _outcome(self, task: Any) -> None:
-        step = self._run.steps.get(task.name) if self._run.line.command == "run" else None
-        if step is not None:
-            self._run.console.line(self._run.session.outcomes[step.planned_key].line(step))
-
-    def add_failure(self, task: Any, fail: BaseFail) -> None:
-        step = self._run.steps.get(task.name)
-        name = f"{step.kind:<9} {step.title}" if step is not None else task.name
-        if isinstance(fail, UnmetDependency):
-            self._run.console.line(f"skipped {name}: something that it needs failed")
-        elif fail.traceback:
-            self._run.console.error(_internal(self._run.store, name, fail))
-        else:
-            if step is not None:
-                self._run.console.line(f"failed  {name}")
-            self._run.console.error(fail.message)
-
-    def cleanup_error(self, exception: BaseFail) -> None:
-        self._run.console.error(exception.get_msg())
-
-    def runtime_error(self, message: str) -> None:
-        self._errors.append(message)
-
-    def complete_run(self) -> None:
-        for message in self._errors:
-            self._run.console.error(message)
-        for name in self._run.session.plans if self._run.line.builds or self._run.selected else ():
-            self._run.console.line(self._run.session.summary(name))
-        self._run.session.end()
-
-
-def _internal(store: Store, name: str, fail: BaseFail) -> str:
-    """An error that nobody foresaw: its traceback goes to a file, for whoever mends it."""
-    last = "".join(fail.traceback).strip().rpartition("\n")[2]
-    log = store.home / "logs" / f"internal-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    try:
-        disk.write(log, "".join(fail.traceback).encode())
-    except OSError as error:
-        return f"{name}  internal error: {last}\n    fix: {_REPORT} (its traceback is lost: {error.strerror})"
-    return f"{name}  internal error: {last}\n    fix: {_REPORT} with {log}"
-
-
-_REPORT = "this is a bug in buildsys, please report it"
-
-
-def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)
-    run = _run()
-    run.session.end()
-    run.console.error("interrupted: what is finished is kept, and the same command goes on from there")
-    raise SystemExit(128 + number)
 
 
 DOIT_CONFIG = {

@@ -216,6 +216,7 @@ def test_interrupted_build_goes_on(place: Place, number: signal.Signals, paralle
     place.recipe("demo", blocks={"sleep_s": 60})
     running = place.start(*(["-n", "2"] if parallel else []), "build", "recipe=demo")
     while not (place.root / "marks").exists() or "blocks" not in (place.root / "marks").read_text():
+        assert running.poll() is None, running.communicate()[0]
         time.sleep(0.02)
     children = psutil.Process(running.pid).children(recursive=True)
     running.send_signal(number)

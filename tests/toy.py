@@ -101,7 +101,9 @@ def plan(recipe: Any, store: Any, threads: int = 2) -> Any:
             knobs["sha256"] = store.sha256(Path(said["reads"]))
         needs = tuple(Need(role, made[other]) for role, other in said.get("needs", {}).items())
         after = tuple(made[other] for other in said.get("after", []))
-        made[name] = Step(said.get("kind", "make"), name, said.get("version", 1), knobs, needs, after, said.get("heavy", False))
+        made[name] = Step(
+            said.get("kind", "make"), name, said.get("version", 1), knobs, needs, after, said.get("heavy", False), resumes=True
+        )
     measures = tuple((check, made[name]) for check, name in graph.get("measures", {}).items())
     artifact = made[graph["artifact"]]
     return SimpleNamespace(
@@ -129,11 +131,11 @@ def install() -> None:
     """Makes buildsys build toys in this process and its children."""
     import buildsys.plan
     import buildsys.verdict
-    from buildsys import cli, driver, tasks
+    from buildsys import cli, driver, invocation
 
     buildsys.plan.plan = plan  # type: ignore[assignment]
     buildsys.verdict.judge = judge
-    for module in (tasks, cli):
+    for module in (invocation, cli):
         module.Workspace = Workspace  # type: ignore[attr-defined]
         module.Session = partial(driver.Session, steps="toy")  # type: ignore[attr-defined]
 
