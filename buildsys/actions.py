@@ -109,9 +109,18 @@ def gc(session: Session) -> list[str]:
     """Drops what no recipe needs: links of recipes that are no more, steps that no recipe reaches, and what only they used."""
     store, names = session.store, session.workspace.names()
     session.plan(names)  # a recipe that cannot be planned may need anything, so it stops gc
-    keep = {found.key for name in names for found in store.walk(session.steps(name)).values() if found.key is not None}
+
+    def needed() -> set[str]:
+        """Real keys as far as they are known, and those of the last build: below a missing step nothing else tells them."""
+        keep: set[str] = set()
+        for name in names:
+            steps = session.steps(name)
+            keep |= {found.key for found in store.walk(steps).values() if found.key is not None}
+            keep |= {last.key for last in History(store.home, name).pair(steps).values()}
+        return keep
+
     gone = [name for name in store.names() if name not in names]
-    freed = store.gc(keep, gone)
+    freed = store.gc(needed, gone)
     lines = [f"removed {store.root / name}: there is no such recipe" for name in gone]
     return [*lines, f"freed {show.size(freed)}; kept what {len(names)} recipe{'s need' if len(names) != 1 else ' needs'}"]
 

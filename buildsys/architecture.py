@@ -124,7 +124,7 @@ def read_rope(config: Mapping[str, Any], where: str) -> Rope:
     kind = said.pop("rope_type", None) or said.pop("type", None) or "default"
     said.pop("type", None)
     theta = number({"rope_theta": said.pop("rope_theta", None) or config.get("rope_theta")}, "rope_theta", where, 10000.0)
-    if kind not in ROPE_KINDS:
+    if not isinstance(kind, str) or kind not in ROPE_KINDS:
         raise BuildError(where, f"rope_type {kind!r} is not implemented; implemented: {', '.join(ROPE_KINDS)}", _OTHER)
     partial = said.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
@@ -211,13 +211,14 @@ def common(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What every decoder's config.json says under the same names."""
     eos, bos = config.get("eos_token_id"), config.get("bos_token_id")
     ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    vocab_size = size(config, "vocab_size", where)
     for token in (*ends, *(() if bos is None else (bos,))):
-        if not isinstance(token, int) or isinstance(token, bool):
-            raise BuildError(where, f"bos_token_id {bos!r} or eos_token_id {eos!r} is no token id", _REPAIR)
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise BuildError(where, f"bos_token_id {bos!r} or eos_token_id {eos!r} is no token id below {vocab_size}", _REPAIR)
     return {
         "model_type": str(config.get("model_type", "")),
         "layers": size(config, "num_hidden_layers", where),
-        "vocab_size": size(config, "vocab_size", where),
+        "vocab_size": vocab_size,
         "rms_norm_eps": number(config, "rms_norm_eps", where, 1e-6),
         "rope": read_rope(config, where),
         "max_positions": size(config, "max_position_embeddings", where, 2048),

@@ -20,9 +20,12 @@ def config(source: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[s
 
 
 def tokenizer_config(source: Mapping[str, Any], fast: bool) -> dict[str, Any]:
-    """Without `auto_map`; where tokenizer.json tells all, the class that reads it takes the place of the model's own."""
+    """Without `auto_map`: the class that reads tokenizer.json, or else the one that reads Llama's kind of sentencepiece, takes the place
+    of the model's own."""
+    if "auto_map" not in source:
+        return dict(source)
     said = {key: value for key, value in source.items() if key != "auto_map"}
-    return said | {"tokenizer_class": "PreTrainedTokenizerFast"} if fast and "auto_map" in source else said
+    return said | {"tokenizer_class": "PreTrainedTokenizerFast" if fast else "LlamaTokenizer"}
 
 
 def profile(engine: str, format: str, kv_cache: Mapping[str, Any], target: Mapping[str, Any] | None, max_positions: int) -> str:

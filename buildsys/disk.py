@@ -16,6 +16,7 @@ from buildsys.errors import BuildError
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+IN_THE_WAY = frozenset({errno.ENOTDIR, errno.EEXIST, errno.ELOOP})
 
 
 @contextmanager
@@ -34,11 +35,13 @@ def explained(error: BaseException, where: Path | str) -> BuildError | None:
     """The BuildError for a disk that is full or may not be written, also where a library wrapped the OSError; None for anything else."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in FULL | REFUSED:
+        if isinstance(seen, OSError) and seen.errno in FULL | REFUSED | IN_THE_WAY:
             at = str(seen.filename or where)
             reason = os.strerror(seen.errno) if seen.errno is not None else str(seen)
             if seen.errno in FULL:
                 return BuildError(at, f"cannot be written: {reason}{_room(where)}", f"{_MAKE_ROOM}; {_AGAIN}")
+            if seen.errno in IN_THE_WAY:
+                return BuildError(at, f"cannot be used: {reason}", "a file or a dead link stands where a folder belongs: move it away")
             return BuildError(at, f"cannot be used: {reason}", f"make it readable and writable for this user; {_AGAIN}")
         seen = seen.__cause__ or seen.__context__
     return None

@@ -49,7 +49,12 @@ class Settings:
         device = next((known for known in DEVICES if known == asked), None)
         if device is None:
             raise BuildError(f"device={asked}", "is no kind of device", f"say one of {', '.join(DEVICES)}")
-        return cls(_count("threads", said, len(os.sched_getaffinity(0))), _count("batch", said, BATCH), device)
+        return cls(_count("threads", said, _processors()), _count("batch", said, BATCH), device)
+
+
+def _processors() -> int:
+    """Those that this process may use; where the system cannot tell (macOS), all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _count(name: str, said: Mapping[str, str], default: int) -> int:
@@ -244,6 +249,7 @@ class Session:
             batch=settings.batch,
             device=settings.device,
             again=again,
+            resumes=step.resumes,
             meta={"version": step.version, "knobs": step.knobs, "inputs": made_of.inputs},
         )
 

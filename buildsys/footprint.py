@@ -88,19 +88,21 @@ class Speed:
 
     flops: float  # in large matrix products
     bytes_per_s: float  # of memory, in elementwise work
+    serial_flops: float  # in what runs one after another: scale search and the solver
     column_s: float  # one column of GPTQ's loop
     token_s: float  # one layer of one token, for a micro-batch of sampling
 
 
 def cpu_speed(threads: int) -> Speed:
     """60 GFLOP/s a core: torch reached 107 in one 1,024^3 product on this project's 2-core host, and half of it in whole forwards."""
-    return Speed(60e9 * threads, 6e9 * min(threads, 4), 100e-6, 1.5e-3 / threads)
+    return Speed(60e9 * threads, 6e9 * min(threads, 4), 60e9, 100e-6, 1.5e-3 / threads)
 
 
 def cuda_speed(gpu: GPU) -> Speed:
     """Scaled from one H200 (facts.md, a layer of 7B width, 128 x 2,048 tokens): forward and Gram 0.47 s is 0.23 of its tensor peak, GPTQ
     2.05 s over 35,584 columns."""
-    return Speed(0.23 * gpu.fp16_tflops * 1e12, 0.5 * gpu.bandwidth_gb_s * 1e9, 55e-6, 0.75e-3)
+    flops = 0.23 * gpu.fp16_tflops * 1e12
+    return Speed(flops, 0.5 * gpu.bandwidth_gb_s * 1e9, flops, 55e-6, 0.75e-3)
 
 
 def weights(architecture: Architecture, scheme: Scheme | None, skipped: Collection[str] = ()) -> tuple[TensorBytes, ...]:
@@ -233,7 +235,8 @@ def building(
     stats_bytes = architecture.layers * sum(_gram_bytes(architecture.width(site)) for site in SITES)
     gram = 2 * 128 * sum(architecture.width(site) for site in SITES) * architecture.layers * tokens
     head = 2 * architecture.vocab_size * architecture.hidden_size
-    quantize = _awq_flops(architecture) + (forward * 2 + _gptq_flops(architecture, tokens) if gptq else 0)
+    serial = _awq_flops(architecture) + (_gptq_flops(architecture) if gptq else 0)
+    walk = forward * 2 + _hessian_flops(architecture, tokens) if gptq else 0
     columns = architecture.layers * sum(architecture.width(site) for site in SITES) if gptq else 0
     written = sum(windows * length for windows, length in sampled)
     layer_tokens = architecture.layers * sum(ceil(windows / SAMPLED_AT_ONCE) * length for windows, length in sampled)
@@ -241,14 +244,14 @@ def building(
     seconds = {
         "tokens": layer_tokens * speed.token_s + (_forward_flops(architecture, seqlen) + head) * written / speed.flops,
         "calibrate": (forward + gram) / speed.flops,
-        "quantize": quantize / speed.flops + columns * speed.column_s,
+        "quantize": walk / speed.flops + serial / speed.serial_flops + columns * speed.column_s,
         "pack": 4 * packed_bytes / speed.bytes_per_s,
         "score": scoring / speed.flops + 20 * 4 * architecture.vocab_size * scored / speed.bytes_per_s,
     }
     outside = (architecture.embed, architecture.final_norm, architecture.lm_head)
     blocks_bytes = sum(each.disk_bytes for each in held if each.name not in outside)
     disk_bytes = {"calibrate": stats_bytes, "quantize": blocks_bytes, "pack": packed_bytes, "score": 16 * scored}
-    work_bytes = _build_bytes(architecture, max(tokens, scored), device)
+    work_bytes = max(_build_bytes(architecture, max(tokens, scored), device), _sampling_bytes(architecture, sampled))
     host_bytes = int(0.4 * GIB) + (work_bytes if device == "cpu" else _block_bytes(architecture, 4))
     return Building(MappingProxyType(seconds), MappingProxyType(disk_bytes), host_bytes, work_bytes if device == "cuda" else 0)
 
@@ -297,19 +300,32 @@ def _awq_flops(architecture: Architecture) -> int:
     return architecture.layers * 20 * 2 * sum(2 * 128 * each.in_features * each.out_features for each in architecture.linears)
 
 
-def _gptq_flops(architecture: Architecture, tokens: int) -> int:
-    """For each site a full Hessian and three factorisations of it; for each layer the propagation of every column's error."""
-    hessians = sum(2 * tokens * architecture.width(site) ** 2 + 2 * architecture.width(site) ** 3 for site in SITES)
-    return architecture.layers * (hessians + sum(each.out_features * each.in_features**2 for each in architecture.linears))
+def _hessian_flops(architecture: Architecture, tokens: int) -> int:
+    return architecture.layers * sum(2 * tokens * architecture.width(site) ** 2 for site in SITES)
+
+
+def _gptq_flops(architecture: Architecture) -> int:
+    """For each site three factorisations of its Hessian; for each layer the propagation of every column's error."""
+    factors = sum(2 * architecture.width(site) ** 3 for site in SITES)
+    return architecture.layers * (factors + sum(each.out_features * each.in_features**2 for each in architecture.linears))
 
 
 def _block_bytes(architecture: Architecture, width_bytes: int) -> int:
     return width_bytes * sum(prod(shape) for shape in architecture.block_tensors().values())
 
 
+def _sampling_bytes(architecture: Architecture, sampled: Sequence[tuple[int, int]]) -> int:
+    """The whole model in float32, since every token needs every block, and the KV cache of one micro-batch."""
+    if not sampled:
+        return 0
+    longest = max(length for _, length in sampled)
+    cache_bytes = architecture.layers * 2 * SAMPLED_AT_ONCE * architecture.kv_heads * longest * architecture.head_dim * 4
+    return 4 * sum(prod(shape) for shape in architecture.tensors().values()) + cache_bytes
+
+
 def _build_bytes(architecture: Architecture, tokens: int, device: Literal["cpu", "cuda"]) -> int:
-    """The largest moment, GPTQ of one block: two streams of hidden states (source's and quantized), the block in float32 twice, and the
-    widest site's Hessian with its factor and a copy."""
-    state_bytes = 2 * tokens * architecture.hidden_size * (4 if device == "cpu" else 2)
+    """The largest moment, GPTQ of one block: three streams of hidden states (before and after attention, and what o_proj reads), the block
+    in float32 twice, and the widest site's Hessian with its factor and a copy."""
+    state_bytes = 3 * tokens * architecture.hidden_size * (4 if device == "cpu" else 2)
     widest = max(architecture.width(site) for site in SITES)
     return state_bytes + 2 * _block_bytes(architecture, 4) + 3 * 4 * widest**2

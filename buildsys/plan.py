@@ -78,7 +78,7 @@ def plan(recipe: Recipe, store: Store, threads: int = 2) -> Plan:
         measures=measures,
         building=_building(recipe, surveyed, left_float, threads),
         serving=_serving(recipe, surveyed, left_float),
-        notes=tuple(_notes(recipe, surveyed)),
+        notes=(*_notes(recipe, surveyed), *_ungated(recipe)),
     )
 
 
@@ -172,6 +172,16 @@ def _notes(recipe: Recipe, surveyed: Survey) -> Iterator[str]:
         recipe.format.name, recipe.quantization.group_size, recipe.kv_cache.policy, surveyed.architecture.head_dim, _gpu(recipe)
     )
     yield from (f"{reason}, {chosen}" for reason in lacks)
+
+
+def _ungated(recipe: Recipe) -> Iterator[str]:
+    """Qualities that the recipe measures and does not gate."""
+    checks = recipe.verify.checks
+    if getattr(checks.get("kl"), "max_nats", None) is None:
+        yield "no gate on quality: verify: {kl: {max_nats: 0.05}} would refuse what drifts too far from the source"
+    policy, kv = recipe.kv_cache.policy, checks.get("kv")
+    if policy != "none" and getattr(kv, "max_nats", None) is None and getattr(kv, "max_increase_nats", None) is None:
+        yield f"kl is measured without the KV cache's {policy}: verify: {{kv: {{max_increase_nats: 0.01}}}} would gate what that adds"
 
 
 def _gpu(recipe: Recipe) -> gpus.GPU | None:
@@ -296,10 +306,11 @@ class Graph:
         needs = [Need("source", source, WEIGHTS), Need("stats", stats)]
         if asked.method[-1].module.SEES_TOKENS:
             needs.append(Need("tokens", tokens))
-        return self._step("quantize", f"{asked.scheme}, {' + '.join(m.name for m in asked.method)}", knobs, *needs)
+        title = f"{asked.scheme}, {' + '.join(m.name for m in asked.method)}"
+        return self._step("quantize", title, knobs, *needs, resumes=True)
 
     def pack(self, source: Step, blocks: Step) -> Step:
-        knobs = {"model": self.surveyed.computed, **self._packing}
+        knobs = {"model": self.surveyed.computed, "quant": QUANT, **self._packing}
         needs = Need("source", source, WEIGHTS), Need("blocks", blocks, ("*.safetensors",))
         return self._step("pack", f"format {self.recipe.format.name}", knobs, *needs)
 
@@ -341,6 +352,7 @@ class Graph:
             knobs = {
                 "check": {"name": name, "version": module.VERSION, "knobs": chosen.model_dump(exclude=set(module.LIMITS))},
                 "model": self.surveyed.computed,
+                "quant": QUANT if module.READS != ("plan",) else None,
                 **self._packing,
                 "facts": self._facts(module.READS),
             }

@@ -77,7 +77,9 @@ class Target(Frozen):
 
     gpu: str = Field(min_length=1, description="a GPU that gpus.py knows: " + ", ".join(gpus.GPUS))
     count: Annotated[StrictInt, Field(ge=1, le=64)] = Field(default=1, description="GPUs that share the model (tensor parallel)")
-    session_len: Seqlen | None = Field(default=None, description="tokens of one conversation; the model's own maximum if left out")
+    session_len: Annotated[StrictInt, Field(ge=16, le=16_777_216)] | None = Field(
+        default=None, description="tokens of one conversation; the model's own maximum if left out"
+    )
     max_batch_size: Annotated[StrictInt, Field(ge=1, le=4096)] = Field(default=32, description="conversations served at once")
 
 

@@ -187,7 +187,12 @@ class Store:
         return Artifact(key, MappingProxyType(files), MappingProxyType(dict(meta)))
 
     def forget(self, key: str) -> bool:
-        """The step of `key` is no longer finished, nor begun. Says whether it was finished."""
+        """The step of `key` is no longer finished, nor begun; whoever builds it is waited for. Says whether it was finished."""
+        with self.lock(key):
+            return self.drop(key)
+
+    def drop(self, key: str) -> bool:
+        """`forget`, for who holds the lock."""
         was = self._manifest(key).exists()
         self._manifest(key).unlink(missing_ok=True)
         shutil.rmtree(self.home / "staging" / key, ignore_errors=True)
@@ -247,9 +252,13 @@ class Store:
 
     # Dropping
 
-    def gc(self, keep: Collection[str], links: Collection[str] = ()) -> int:
-        """Drops every step but those of the keys `keep`, the links `links`, and what only they used. Returns the bytes that came free."""
+    def gc(self, needed: Callable[[], Collection[str]], links: Collection[str] = ()) -> int:
+        """Drops every step but those of the keys `needed`, the links `links`, and what only they used. Returns the bytes that came free.
+
+        `needed` is asked when nobody builds any more: what was built until then counts.
+        """
         with self._flock(fcntl.LOCK_EX):
+            keep = needed()
             for name in links:
                 self.unlink(name)
             for manifest in self._list("manifests"):

@@ -45,7 +45,8 @@ def _gates(plan: Plan, check: str, measured: list[Measurement]) -> Iterator[tupl
             yield knob, limit, bound
     there = {one.name for one in measured}
     for name, (limit, bound) in module.FIXED.items():
-        if name in there:  # a measurement may have no meaning: free memory on a GPU that no recipe names
+        # Only what a check declares may be missing: free memory on a GPU that no recipe names. Anything else that is missing fails.
+        if name in there or name not in module.OPTIONAL:
             yield name, limit, bound
 
 

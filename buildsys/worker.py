@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import signal
 import site
 import socket
@@ -31,7 +32,7 @@ from typing import Any, Literal
 
 from buildsys import disk
 from buildsys.errors import BuildError, BuildErrors
-from buildsys.step import Request, Resources
+from buildsys.step import Request, Resources, canonical
 from buildsys.store import Store
 
 Progress = Callable[[str, int, int], None]  # what, done, of how many
@@ -71,6 +72,7 @@ class Job:
     batch: int = 1
     device: Device = "auto"
     again: bool = False  # also where the store has it
+    resumes: bool = False  # what a killed run of it left is of use
     meta: Mapping[str, Any] = field(default_factory=dict)  # recorded beside what the step says of itself
 
     @property
@@ -84,15 +86,17 @@ def perform(job: Job, progress: Progress, waiting: Callable[[str], None], steps:
     with ExitStack() as held:
         held.enter_context(store.lock(job.key, waiting))
         if job.again:
-            store.forget(job.key)
+            store.drop(job.key)
         elif store.find(job.key) is not None:
             return False
         device = _device(job)
         if device == "cuda":  # one step at a time on a GPU
             held.enter_context(store.lock("gpu", waiting))
-        stage = store.stage(job.key)
-        began = time.monotonic()
         inputs = {role: {name: Path(path) for name, path in files.items()} for role, files in job.inputs.items()}
+        watched = _watched(inputs, store)
+        machine = _machine(device)
+        stage = _stage(store, job, {"machine": machine, "watched": watched})
+        began = time.monotonic()
         resources = Resources(threads=job.threads, batch=job.batch, device=device)
         request = Request(job.kind, job.knobs, job.hints, inputs, stage, resources, store.sha256)
         try:
@@ -103,9 +107,55 @@ def perform(job: Job, progress: Progress, waiting: Callable[[str], None], steps:
                 raise
             raise known from error
         progress("writing to the store", 0, 0)
-        built = {**job.meta, "kind": job.kind, "title": job.title, "seconds": round(time.monotonic() - began, 3), "versions": _versions()}
+        if _watched(inputs, store) != watched:
+            shutil.rmtree(stage)
+            raise _changed(min(watched))
+        built = {**job.meta, "kind": job.kind, "title": job.title, "seconds": round(time.monotonic() - began, 3), **machine}
         store.commit(job.key, stage, {**facts, "built": built})
     return True
+
+
+def _stage(store: Store, job: Job, made_of: dict[str, Any]) -> Path:
+    """An empty folder to write into; or what a killed run left, where the step can use it and it was made on the same terms."""
+    stage, terms = store.stage(job.key), canonical(made_of)
+    note = stage / ".made-of"
+    if not (job.resumes and note.exists() and note.read_bytes() == terms):
+        shutil.rmtree(stage)
+        stage = store.stage(job.key)
+        with disk.writing(note):
+            disk.write(note, terms)
+    return stage
+
+
+def _watched(inputs: Mapping[str, Mapping[str, Path]], store: Store) -> dict[str, list[int]]:
+    """Inputs that stay where their owner has them, with what shows a change; one that holds something else by now is refused."""
+    found = {}
+    for blob in {path for files in inputs.values() for path in files.values() if path.is_symlink()}:
+        original = Path(os.readlink(blob))
+        try:
+            shown = original.stat()
+            if store.sha256(original) != blob.name:
+                raise _changed(str(original))
+        except FileNotFoundError:
+            raise _changed(str(original)) from None
+        found[str(original)] = [shown.st_size, shown.st_mtime_ns, shown.st_ctime_ns, shown.st_ino]
+    return found
+
+
+def _changed(path: str) -> BuildError:
+    return BuildError(path, "a file of this source changed while a build read it", "run the same command again when nobody writes to it")
+
+
+def _machine(device: str) -> dict[str, Any]:
+    """Of what computes this output: versions, and the GPU. Recorded, and not in the key: see the design page."""
+    names = ("buildsys", "torch", "numpy", "safetensors", "tokenizers", "sentencepiece")
+    loaded = {name: str(getattr(sys.modules[name], "__version__", "?")) for name in names if name in sys.modules}
+    found: dict[str, Any] = {"device": device, "versions": {"python": platform.python_version(), **loaded}}
+    if device == "cuda":
+        import torch
+
+        found["gpu"] = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return found
 
 
 def _device(job: Job) -> Literal["cpu", "cuda"]:
@@ -121,12 +171,6 @@ def _device(job: Job) -> Literal["cpu", "cuda"]:
     return "cpu"
 
 
-def _versions() -> dict[str, str]:
-    """Of what computed this output. Recorded, and not in the key: see the design page."""
-    loaded = {name: sys.modules[name] for name in COMPUTES if name in sys.modules}
-    return {"python": platform.python_version(), **{name: str(getattr(module, "__version__", "?")) for name, module in loaded.items()}}
-
-
 # The driver's side
 
 
@@ -135,7 +179,7 @@ class Workers:
 
     def __init__(self, home: Path, steps: str = STEPS) -> None:
         self._home, self._steps = home, steps
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # Ctrl-C calls `end` in the thread that may hold it
         self._idle: list[Worker] = []
         self._all: list[Worker] = []
         self._ended = False
@@ -328,7 +372,7 @@ def _serve(job: Job, log: Path, channel: socket.socket, steps: ModuleType) -> di
     except MemoryError as error:
         return {"errors": [_out_of_memory(job, str(error))]}
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, for a GPU
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):  # torch's, for a GPU and for a CPU
             raise
         return {"errors": [_out_of_memory(job, str(error).partition(". ")[0])]}
 

@@ -37,7 +37,7 @@ def test_config_tells_the_quantization_and_brings_no_code() -> None:
     [
         ({"tokenizer_class": "LlamaTokenizer"}, True, {"tokenizer_class": "LlamaTokenizer"}),
         ({"tokenizer_class": "Own", "auto_map": {}}, True, {"tokenizer_class": "PreTrainedTokenizerFast"}),
-        ({"tokenizer_class": "Own", "auto_map": {}, "bos_token": "<s>"}, False, {"tokenizer_class": "Own", "bos_token": "<s>"}),
+        ({"tokenizer_class": "Own", "auto_map": {}, "bos_token": "<s>"}, False, {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"}),
     ],
 )
 def test_tokenizer_config(source: dict[str, Any], fast: bool, expected: dict[str, Any]) -> None:

@@ -166,3 +166,9 @@ def test_measurements_survive_their_file(tmp_path: Path) -> None:
     found = [Measurement("kl", 0.1, "nats", 0.05, 0.2, "why"), Measurement.exact("findings", 0, "findings")]
     (stage / MEASUREMENTS).write_text(json.dumps([asdict(one) for one in found]))
     assert load_measurements(store.commit("b" * 64, stage, {}), store) == found
+
+
+@pytest.mark.parametrize("check", ["lint", "codes"])
+def test_what_a_check_demands_has_to_be_measured(workspace: Path, check: str) -> None:
+    failed = [verdict for verdict in judged(workspace, {check: []}) if verdict.state == "failed"]
+    assert {verdict.check for verdict in failed} == {check} and "measured no" in failed[0].text

@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import toy
 
 from buildsys.errors import BuildError
-from buildsys.step import digest
+from buildsys.step import Request, digest
 from buildsys.store import Store
 from buildsys.worker import Job, Workers, perform
 
@@ -38,7 +39,7 @@ def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workers
 def job(tmp_path: Path, name: str = "toy", **knobs: object) -> Job:
     made = {"name": name, **knobs}
     root = str(tmp_path / "artifacts")
-    return Job("make", name, digest(made), made, {}, {}, root, heavy=True, device="cpu", threads=3)
+    return Job("make", name, digest(made), made, {}, {}, root, heavy=True, device="cpu", threads=3, resumes=True)
 
 
 def run(workers: Workers, asked: Job, progress: Progress | None = None, waits: list[str] | None = None) -> bool:
@@ -159,7 +160,7 @@ def alive(process: psutil.Process) -> bool:
 DRIVER = """
     import sys
     from pathlib import Path
-    from buildsys.step import digest
+    from buildsys.step import Request, digest
     from buildsys.worker import Job, Workers
     knobs = {"name": "toy", "sleep_s": float(sys.argv[2]), "fault": sys.argv[3]}
     root = Path(sys.argv[1])
@@ -187,3 +188,66 @@ def test_no_child_outlives_its_driver(tmp_path: Path, fault: str, wait_s: float)
     while any(map(alive, left)) and time.monotonic() < until:
         time.sleep(0.01)
     assert left and not any(map(alive, left))
+
+
+def reading(tmp_path: Path, original: Path) -> Job:
+    """A job that reads one file that its owner keeps, through a store's blob."""
+    store = Store(tmp_path / "artifacts")
+    stage = store.stage("0" * 64)
+    (stage / "text").symlink_to(original)
+    blob = store.path(store.commit("0" * 64, stage, {}), "text")
+    return replace(job(tmp_path), heavy=False, inputs={"source": {"text": str(blob)}})
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["stays changed", "is put back"])
+def test_source_that_changes_under_a_step_is_in_no_artifact(tmp_path: Path, back: bool) -> None:
+    original = tmp_path / "text"
+    original.write_text("AAAA")
+    asked = reading(tmp_path, original)
+
+    def meddling(request: Request, progress: toy.Progress) -> dict[str, object]:
+        original.write_text("BBBB")
+        found = toy.run(request, progress)
+        if back:
+            original.write_text("AAAA")
+        return found
+
+    steps = SimpleNamespace(run=meddling)
+    with pytest.raises(BuildError, match="changed while a build read it"):
+        perform(asked, lambda *said: None, [].append, steps)  # type: ignore[arg-type]  a module is asked for
+    assert Store(tmp_path / "artifacts").find(asked.key) is None
+    original.write_text("AAAA")
+    assert perform(asked, lambda *said: None, [].append, toy)
+    assert "AAAA" in toy_output(tmp_path, asked)
+
+
+def toy_output(tmp_path: Path, asked: Job) -> str:
+    store = Store(tmp_path / "artifacts")
+    artifact = store.find(asked.key)
+    assert artifact is not None
+    return store.path(artifact, "out.txt").read_text()
+
+
+@pytest.mark.parametrize(("resumes", "kept"), [(True, True), (False, False)])
+def test_only_a_step_that_resumes_finds_what_a_killed_run_left(tmp_path: Path, resumes: bool, kept: bool) -> None:
+    asked = replace(job(tmp_path, fault="bug"), heavy=False, resumes=resumes)
+    with pytest.raises(ValueError, match="a toy broke"):
+        perform(asked, lambda *said: None, [].append, toy)
+    stage = Store(tmp_path / "artifacts").stage(asked.key)
+    (stage / "left.txt").write_text("from before")
+    perform(replace(asked, knobs={"name": "toy"}), lambda *said: None, [].append, toy)
+    artifact = Store(tmp_path / "artifacts").find(asked.key)
+    assert artifact is not None and ("left.txt" in artifact.files) == kept
+
+
+def test_stage_made_on_other_terms_starts_afresh(tmp_path: Path) -> None:
+    asked = replace(job(tmp_path, fault="bug"), heavy=False)
+    with pytest.raises(ValueError, match="a toy broke"):
+        perform(asked, lambda *said: None, [].append, toy)
+    stage = Store(tmp_path / "artifacts").stage(asked.key)
+    (stage / "left.txt").write_text("made with another torch")
+    (stage / ".made-of").write_text("{}")
+    perform(replace(asked, knobs={"name": "toy"}), lambda *said: None, [].append, toy)
+    artifact = Store(tmp_path / "artifacts").find(asked.key)
+    assert artifact is not None and "left.txt" not in artifact.files
+    assert artifact.meta["built"]["device"] == "cpu" and "python" in artifact.meta["built"]["versions"]

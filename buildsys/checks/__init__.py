@@ -1,1 +1,1 @@
-"""What verify measures. A module: Knobs, VERSION, READS, LIMITS, FIXED, ALWAYS, `measure(...) -> [Measurement]`."""
+"""What verify measures. A module: Knobs, VERSION, READS, LIMITS, FIXED, OPTIONAL, ALWAYS, `measure(...) -> [Measurement]`."""

@@ -26,6 +26,7 @@ FIXED: dict[str, tuple[Limit, float]] = {
     "mismatched_codes": (Limit("mismatched_codes", "max"), 0.0),
     "mismatched_floats": (Limit("mismatched_floats", "max"), 0.0),
 }
+OPTIONAL: frozenset[str] = frozenset()
 ALWAYS = True
 
 

@@ -18,6 +18,7 @@ VERSION = 1
 READS = ("scores",)
 LIMITS = {"max_nats": Limit("kl", "max")}
 FIXED: dict[str, tuple[Limit, float]] = {}
+OPTIONAL: frozenset[str] = frozenset()
 ALWAYS = True
 
 

@@ -18,6 +18,7 @@ VERSION = 1
 READS = ("scores", "kv_scores")
 LIMITS = {"max_nats": Limit("kl", "max"), "max_increase_nats": Limit("increase", "max")}
 FIXED: dict[str, tuple[Limit, float]] = {}
+OPTIONAL: frozenset[str] = frozenset()
 ALWAYS = False
 
 

@@ -23,6 +23,7 @@ VERSION = 1
 READS = ("packed",)
 LIMITS: dict[str, Limit] = {}
 FIXED: dict[str, tuple[Limit, float]] = {"findings": (Limit("findings", "max"), 0.0)}  # no recipe may serve a damaged model
+OPTIONAL: frozenset[str] = frozenset()
 ALWAYS = True
 
 FLOATS = ("F16", "BF16", "F32")

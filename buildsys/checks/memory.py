@@ -18,6 +18,7 @@ VERSION = 1  # also bumped when footprint.py or gpus.py comes to other numbers
 READS = ("plan",)
 LIMITS = {"max_gib": Limit("needed_gib", "max")}
 FIXED: dict[str, tuple[Limit, float]] = {"free_gib": (Limit("free_gib", "min"), 0.0)}
+OPTIONAL: frozenset[str] = frozenset({"free_gib"})  # where no target is named
 ALWAYS = False
 
 

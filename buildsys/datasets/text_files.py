@@ -45,7 +45,9 @@ def _matches(written: str, folder: Path) -> list[Path]:
     else:
         pattern = os.path.normpath(Path(glob.escape(str(folder))) / written)
         found = glob.glob(pattern, recursive=True)  # pathlib's takes no absolute pattern
-        matches = sorted(path for path in map(Path, found) if not path.is_dir())
+        files = sorted((path for path in map(Path, found) if not path.is_dir()), key=lambda path: (len(path.parts), path))
+        # `**` follows links to folders, so a file may be reached twice: it is one file, by its shortest path.
+        matches = sorted({os.path.realpath(path): path for path in reversed(files)}.values())
     if not matches:
         what = f"{written} matches no file" if glob.has_magic(written) else "there is no such file"
         raise BuildError(str(literal), what, "correct the path; it is relative to the folder of the file that wrote it")
@@ -88,6 +90,11 @@ def _field(field: str, line: str, where: str) -> str:
     text = record[field]
     if not isinstance(text, str):
         raise BuildError(where, f"field {field!r} is {_kind(text)}, not text", "set `field:` to a field that holds text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        what = f"field {field!r} holds half of a character at position {error.start} (a lone surrogate, as a cut emoji leaves it)"
+        raise BuildError(where, what, "remove it, or drop the line") from None
     return text
 
 

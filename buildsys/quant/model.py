@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -44,13 +45,16 @@ class Model:
     def linear(self, name: str) -> QuantizedLinear:
         """The codes of one packed linear, by its whole name."""
         assert self.unpack is not None
-        start = name + "."
-        tensors = {
-            found.removeprefix(start): self.checkpoint.load(found, self.checkpoint.dtype(found), self.device)
-            for found in self.checkpoint.names()
-            if found.startswith(start) and not found.endswith(".bias")
-        }
-        return self.unpack(tensors)
+        return self.unpack({part: self.checkpoint.load(f"{name}.{part}", None, self.device) for part in self._parts[name]})
+
+    @cached_property
+    def _parts(self) -> dict[str, list[str]]:
+        """For each module of the checkpoint the last parts of its tensors' names, biases left out."""
+        found: dict[str, list[str]] = {}
+        for module, _, part in (name.rpartition(".") for name in self.checkpoint.names()):
+            if part != "bias":
+                found.setdefault(module, []).append(part)
+        return found
 
     def embed(self, tokens: Tensor) -> list[Tensor]:  # [windows, tokens] -> windows x [tokens, hidden]
         """The rows of the embedding that the tokens name, in host memory."""

@@ -41,11 +41,6 @@ class SiteStats:
         blocks = torch.nn.functional.pad(scale, (0, -len(scale) % GRAM_BLOCK), value=1.0).view(-1, GRAM_BLOCK)
         return SiteStats(self.absmean / scale, self.absmax / scale, self.gram / (blocks[:, :, None] * blocks[:, None, :]))
 
-    def gram_blocks(self, width: int) -> Tensor:  # -> [in / width, width, width]
-        """The diagonal blocks for a narrower group width that divides 128."""
-        parts = [self.gram[:, at : at + width, at : at + width] for at in range(0, GRAM_BLOCK, width)]
-        return torch.stack(parts, 1).flatten(0, 1)
-
 
 def gram_blocks(x: Tensor) -> Tensor:  # [tokens, in] -> [blocks, 128, 128]
     """Sums of x x^T over tokens, by blocks of 128 channels."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,16 @@ from buildsys.step import Resources
 
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
+
+
+IN_FLIGHT_BYTES = 2 << 30
+
+
+def within(resources: Resources, unit_bytes: int) -> Resources:
+    """Fewer threads, and fewer finished units that wait, where a unit's result is large: results do not depend on it, memory does."""
+    fit = max(1, IN_FLIGHT_BYTES // max(unit_bytes, 1))
+    threads = min(resources.threads, fit)
+    return replace(resources, threads=threads, batch=max(1, min(resources.batch, fit - threads)))
 
 
 def ordered(work: Callable[[Unit], Result], units: Iterable[Unit], resources: Resources) -> Iterator[Result]:

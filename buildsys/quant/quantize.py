@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from buildsys import disk
 from buildsys.architecture import SITES, Linear, Site
 from buildsys.errors import BuildError
 from buildsys.quant.block import Block
@@ -84,7 +85,7 @@ def quantize(
             observed = load_stats(stats(layer), resources.device)
             block, scales = rescale(model.block(layer), observed, job)
             rounded = round_block(block, job, {site: observed[site].divided(scales[site]) for site in SITES}, walk)
-            (folder / errors_name(layer)).write_text(json.dumps(rounded.errors, sort_keys=True))
+            disk.write(folder / errors_name(layer), json.dumps(rounded.errors, sort_keys=True, allow_nan=False).encode())
             save_block(path, rounded.linears, rounded.floats)
         if walk is not None and layer + 1 < architecture.layers:
             block = Block(architecture, layer, quantized_weights(path, resources.device))

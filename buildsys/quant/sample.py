@@ -15,7 +15,7 @@ from buildsys.architecture import Architecture
 from buildsys.quant.block import Block
 from buildsys.quant.model import Head, Model
 from buildsys.quant.observe import Progress
-from buildsys.quant.parallel import ordered
+from buildsys.quant.parallel import ordered, within
 from buildsys.quant.rotary import tables
 from buildsys.step import Resources
 
@@ -29,7 +29,7 @@ def sample(model: Model, samples: int, seqlen: int, seed: int, temperature: floa
     batches = -(-samples // MICRO_BATCH)
     done: list[Tensor] = []
     step = Sampler(blocks, table, head, seqlen, temperature, resources.device)
-    for rows in ordered(lambda batch: step.batch(seed, batch), range(batches), resources):
+    for rows in ordered(lambda batch: step.batch(seed, batch), range(batches), within(resources, step.cache_bytes)):
         done.append(rows)
         progress("sample", len(done), batches)
     return torch.cat(done)[:samples]
@@ -43,6 +43,12 @@ class Sampler:
         self.seqlen, self.temperature, self.device = seqlen, temperature, device
         self.architecture: Architecture = blocks[0].architecture
         self.cos, self.sin = tables(self.architecture, seqlen, device)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the keys and values of one micro-batch, in float32."""
+        a = self.architecture
+        return len(self.blocks) * 2 * MICRO_BATCH * a.kv_heads * self.seqlen * a.head_dim * 4
 
     def batch(self, seed: int, batch: int) -> Tensor:  # -> int32 [MICRO_BATCH, seqlen]
         """One micro-batch. After an end-of-text token the next one is begin-of-text: documents follow one another."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from buildsys.architecture import Site
 from buildsys.quant.block import Block, Rotary
 from buildsys.quant.model import Model
-from buildsys.quant.parallel import ordered
+from buildsys.quant.parallel import ordered, within
 from buildsys.quant.rotary import tables
 from buildsys.step import Resources
 
@@ -35,7 +35,8 @@ class Walk:
         total = torch.zeros(width, width, device=self._resources.device)
         kept: list[Tensor] = []
         # Summed window by window in order; the sums of one window are one unit of work.
-        for squares, keep in ordered(lambda at: self._site(block, site, at), range(len(self._hidden)), self._resources):
+        resources = within(self._resources, 4 * width * width)
+        for squares, keep in ordered(lambda at: self._site(block, site, at), range(len(self._hidden)), resources):
             total += squares
             if keep is not None:
                 kept.append(keep)

@@ -83,7 +83,9 @@ def _weights(model: Path, names: list[str]) -> list[str]:
     """The index and its shards, or the single file."""
     if INDEX in names:
         shards = _shards(model / INDEX)
-        if WEIGHTS in names and shards != {WEIGHTS}:
+        if shards == {WEIGHTS} and WEIGHTS in names:
+            return [WEIGHTS]  # an index that some exporters write for one file says nothing new
+        if WEIGHTS in names:
             what = f"holds both {WEIGHTS} and {INDEX}, which names other files"
             raise BuildError(str(model), what, "keep one of the two: they may be different models")
         missing = sorted(shards - set(names))

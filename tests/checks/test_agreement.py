@@ -23,3 +23,16 @@ def test_an_end_is_no_share_above_one(tmp_path: Path, made: Any) -> None:
     scores["agree"][0, 0] = 0
     (found,) = agreement.measure(agreement.Knobs(), {"scores": made.write(tmp_path, scores)}, made.Context())
     assert found.high == 1.0 and 0 <= found.low < found.value
+
+
+def test_few_tokens_that_all_agree_prove_little(tmp_path: Path, made: Any) -> None:
+    scores = made.random(windows=1)
+    scores["agree"][:] = 1
+    (found,) = agreement.measure(agreement.Knobs(), {"scores": made.write(tmp_path, scores)}, made.Context())
+    count = scores["agree"].numel()
+    assert found.value == found.high == 1.0 and found.low == pytest.approx(count / (count + 1.959964**2))
+
+
+@pytest.mark.parametrize(("share", "count", "low", "high"), [(0.5, 100, 0.4038, 0.5962), (0.9, 20, 0.6990, 0.9721)])
+def test_wilson_against_tables(share: float, count: int, low: float, high: float) -> None:
+    assert agreement.wilson(share, count) == pytest.approx((low, high), abs=5e-4)

@@ -117,6 +117,18 @@ def test_what_cannot_be_found_or_read(tmp_path: Path) -> None:
     assert "leads nowhere" in refused(tmp_path, knobs("*.txt")).what
 
 
+def test_file_reached_twice_through_a_link_is_one_file(tmp_path: Path) -> None:
+    write(tmp_path, {"d/a.txt": "once", "d/e/b.txt": "also"})
+    (tmp_path / "d/loop").symlink_to(".")
+    assert sorted(locate(knobs("d/**/*.txt"), tmp_path)) == ["00000-a.txt", "00001-b.txt"]
+
+
+def test_half_a_character_is_refused_at_its_line(tmp_path: Path) -> None:
+    write(tmp_path, {"a.jsonl": '{"text": "fine"}\n{"text": "cut \\ud83d"}\n'})
+    error = refused(tmp_path, knobs("a.jsonl"))
+    assert error.where.endswith("a.jsonl:2") and "lone surrogate" in error.what
+
+
 def test_paths_are_needed() -> None:
     with pytest.raises(ValueError, match="paths"):
         Knobs(paths=())

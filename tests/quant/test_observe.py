@@ -65,15 +65,6 @@ def test_divided_is_the_statistics_of_the_divided(width: int) -> None:
         torch.testing.assert_close(getattr(told, part), getattr(seen, part), rtol=1e-4, atol=1e-6)
 
 
-def test_narrow_blocks_are_cut_from_wide_ones() -> None:
-    x = torch.randn(30, 256, generator=torch.Generator().manual_seed(2))
-    narrow = stats(x).gram_blocks(32)
-    assert narrow.shape == (8, 32, 32)
-    for at in range(8):
-        part = x[:, 32 * at : 32 * at + 32]
-        torch.testing.assert_close(narrow[at], part.t() @ part / 30, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_calibrate_keeps_what_one_window_after_another_shows(family: str, tmp_path: Path) -> None:
     model = models.opened(models.FAMILIES[family](tmp_path / "model", hidden_size=96, intermediate_size=200, head_dim=24))
