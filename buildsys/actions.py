@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from buildsys import console as show
 from buildsys.driver import Session, limits
-from buildsys.errors import BuildErrors
+from buildsys.errors import BuildError, BuildErrors
 from buildsys.history import UNLESS, History, Ingredients, why
 from buildsys.step import Step, digest
 from buildsys.store import Artifact, Found, Store
@@ -20,11 +20,18 @@ if TYPE_CHECKING:
 
 def check(workspace: Workspace) -> list[str]:
     """Every mistake in any recipe raises, all of them in one BuildErrors."""
+    _here(workspace)
     errors = workspace.check()
     if errors:
         raise BuildErrors(errors)
     count = len(workspace.names())
     return [f"{count} recipe{'s' if count != 1 else ''}, no mistakes"]
+
+
+def _here(workspace: Workspace) -> None:
+    """A wrong folder has no mistakes and needs nothing: to say so, or to drop a store for it, would be wrong."""
+    if not (workspace.root / "recipes").is_dir():
+        raise BuildError(str(workspace.root), "is no workspace: it has no folder recipes/", "run this where dodo.py and recipes/ are")
 
 
 def plan(session: Session, name: str) -> list[str]:
@@ -107,6 +114,7 @@ def clean(store: Store, name: str) -> list[str]:
 
 def gc(session: Session) -> list[str]:
     """Drops what no recipe needs: links of recipes that are no more, steps that no recipe reaches, and what only they used."""
+    _here(session.workspace)
     store, names = session.store, session.workspace.names()
     session.plan(names)  # a recipe that cannot be planned may need anything, so it stops gc
 

@@ -83,6 +83,9 @@ def build(session: Session, recipes: list[str]) -> Iterator[str]:
 
 def publish(session: Session, recipes: list[str]) -> Iterator[str]:
     """build, then publish"""
+    session.plan(recipes)
+    for name in recipes:
+        session.publishable(name)
     yield from build(session, recipes)
     for name in recipes:
         yield from session.publish(name)

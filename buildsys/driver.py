@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from buildsys.workspace import Workspace
 
 DEVICES: tuple[Device, ...] = get_args(Device)
-BATCH = 8  # sequences prefetched at a time; changes speed and memory, never a result
+BATCH = 1  # finished windows that may wait for the one before them; more helps nothing on a CPU
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,6 @@ class Session:
         """Sends the judged artifact where the recipe says. Publishing looks at the other side each time, so it is never cached."""
         plan = self.plans[name]
         chosen = plan.recipe.publish.publishers
-        if not chosen:
-            raise BuildError(plan.recipe.at("publish"), f"{name} says not where to publish", "write publish: {directory: {path: …}}")
         skipped = [verdict for verdict in self.verdicts[name] if verdict.state != "passed"]
         if skipped:
             text = "; ".join(f"{verdict.check} was skipped: {verdict.text}" for verdict in skipped)
@@ -207,6 +205,12 @@ class Session:
                 self.console.finished(task)
             lines.append(f"published {name} -> {receipt.url} ({publisher}, read back, digest {receipt.digest[:12]})")
         return lines
+
+    def publishable(self, name: str) -> None:
+        """Refuses a recipe that names no place to publish to, before anything is built for it."""
+        recipe = self.plans[name].recipe
+        if not recipe.publish.publishers:
+            raise BuildError(recipe.at("publish"), f"{name} names no place to publish to", "write publish: {directory: {path: …}}")
 
     def summary(self, name: str) -> str:
         """One line on the whole recipe."""
@@ -284,12 +288,21 @@ class Session:
 
     def _failed(self, plan: Plan, artifact: Artifact, failed: list[Verdict]) -> BuildError:
         link = self.store.root / plan.name
+        left = f"there is no {link}"
         if self.store.linked(plan.name) == artifact.digest():
             self.store.unlink(plan.name)
-        left = f"{link} still leads to an earlier build" if link.is_symlink() else f"there is no {link}"
-        fix = "quantize less (more bits, smaller groups, more calibration text), or set a limit that you can live with"
-        fix += f"; the measurements are kept, and {left}"
-        errors = [BuildError(verdict.where, f"{plan.name} fails check {verdict.check}: {verdict.text}", fix) for verdict in failed]
+            left = f"{link}, which led to this artifact, was removed"
+        elif link.is_symlink():
+            left = f"{link} still leads to an earlier build"
+        errors = []
+        for verdict in failed:
+            less = (
+                "choose a wider kv_cache.policy"
+                if verdict.check == "kv"
+                else "quantize less (more bits, smaller groups, more calibration text)"
+            )
+            fix = f"{less}, or set a limit that you can live with; the measurements are kept, and {left}"
+            errors.append(BuildError(verdict.where, f"{plan.name} fails check {verdict.check}: {verdict.text}", fix))
         return errors[0] if len(errors) == 1 else BuildErrors(errors)
 
 

@@ -272,7 +272,7 @@ class Graph:
             "seqlen": asked.seqlen,
             "seed": asked.seed,
         }
-        where = self.recipe.at(section)
+        where = self.recipe.at(section, "samples")
         if module.READS == "model":
             knobs |= {"model": self.surveyed.computed, "quant": QUANT}
             needs = [Need("source", source, WEIGHTS)]

@@ -79,9 +79,12 @@ def _publish_tasks() -> Iterator[Task]:
     if run.line.command != "run":
         yield _plain("publish", (_act, [_which, "publish"]), doc=_publish_tasks.__doc__)
         return
-    for name in run.selected:
-        yield _plain(f"publish:{name}", (_act, [_publish, name]), task_dep=[f"build:{name}"], doc=f"publish {name}")
     names = run.asked("publish") if "publish" in run.line.words and "recipe" in run.line.said else []
+    selected = run.selected
+    for name in {*names, *run.line.names("publish")}.intersection(selected):
+        run.session.publishable(name)
+    for name in selected:
+        yield _plain(f"publish:{name}", (_act, [_publish, name]), task_dep=[f"build:{name}"], doc=f"publish {name}")
     action = None if names else (_act, [_which, "publish"])
     yield _plain("publish", action, task_dep=[f"publish:{name}" for name in names], doc=_publish_tasks.__doc__)
 

@@ -139,7 +139,7 @@ CASES: dict[str, tuple[Break, list[str], str, str, str]] = {
     # These have to run something before they can know.
     "not a number": (not_a_number, ["build", "recipe=tiny"], "model.safetensors", "model.layers.1.mlp.up_proj.weight", "publisher"),
     "overlapping text": (overlapping, ["build", "recipe=tiny"], "recipes/tiny.yaml:12", "repeats calibration text", "name other text"),
-    "too little text": (too_little, ["build", "recipe=tiny"], "recipes/tiny.yaml:3", "0 windows of 32; 4 are needed", "add text"),
+    "too little text": (too_little, ["build", "recipe=tiny"], "recipes/tiny.yaml:5", "0 windows of 32; 4 are needed", "add text"),
 }
 RUNS_SOMETHING = {"not a number", "overlapping text", "too little text"}
 

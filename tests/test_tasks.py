@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import runs
 import toy
 
 HERE = Path(__file__).parent
@@ -155,6 +156,13 @@ def test_settings_change_no_key(place: Place) -> None:
 # Judging
 
 
+def test_check_and_gc_refuse_a_folder_that_is_no_workspace(tmp_path: Path) -> None:
+    (tmp_path / "dodo.py").write_text("from buildsys.tasks import *\n")
+    for task in ("check", "gc"):
+        ran = subprocess.run([sys.executable, "-m", "doit", task], cwd=tmp_path, text=True, capture_output=True)
+        assert ran.returncode == 1 and "is no workspace" in ran.stdout + ran.stderr and "Traceback" not in ran.stderr
+
+
 def test_failed_gate(place: Place) -> None:
     place.recipe("demo", limit=5)
     said = place.doit("build", "recipe=demo", status=1)
@@ -182,6 +190,14 @@ def test_continue_builds_the_other_recipe(place: Place) -> None:
     said = place.doit("-c", "build", "recipe=bad,demo", status=2)
     assert "toy.yaml:3  toys do not float\n    fix: get a boat" in said and "skipped assemble" in said
     assert "demo: built" in said and "bad: not complete; 1 of 4 steps are done and kept" in said
+
+
+def test_publish_without_a_place_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    workspace = runs.tiny(tmp_path / "workspace")
+    recipe = workspace / "recipes/tiny.yaml"
+    recipe.write_text(recipe.read_text().replace("publish: {directory: {path: ../published}}", ""))
+    ran = runs.doit(workspace, "publish", "recipe=tiny")
+    assert ran.status == 1 and "names no place to publish to" in ran.out + ran.err and not ran.rows("built")
 
 
 def test_publish_is_never_a_side_effect(place: Place) -> None:

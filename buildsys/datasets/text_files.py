@@ -64,7 +64,8 @@ def texts(knobs: Knobs, files: Mapping[str, Path]) -> Iterator[str]:
     """Documents one at a time, in the order of the names; empty ones are left out. `files` may lie under other names than they had."""
     for name in sorted(files):
         path = files[name]
-        shown = str(path) if path.suffix in SUFFIXES else name
+        original = path.resolve()  # in a store it lies under a digest, as a link to the user's file
+        shown = str(original) if original.suffix in SUFFIXES else name
         documents = _lines(knobs.field, path, shown) if name.endswith(".jsonl") else iter([_decoded(path.read_bytes(), shown)])
         yield from (text for text in documents if text.strip())
 
