@@ -120,8 +120,9 @@ def _stage(store: Store, job: Job, made_of: dict[str, Any]) -> Path:
     stage, terms = store.stage(job.key), canonical(made_of)
     note = stage / ".made-of"
     if not (job.resumes and note.exists() and note.read_bytes() == terms):
-        shutil.rmtree(stage)
-        stage = store.stage(job.key)
+        if any(stage.iterdir()):
+            shutil.rmtree(stage)
+            stage = store.stage(job.key)
         with disk.writing(note):
             disk.write(note, terms)
     return stage

@@ -53,7 +53,8 @@ def log_of(asked: Job) -> str:
 
 
 def children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    found = psutil.Process().children(recursive=True)
+    return [child for child in found if child.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_step_runs_in_a_child_and_is_committed(workers: Workers, tmp_path: Path) -> None:
