@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,14 +25,26 @@ def check(workspace: Workspace) -> list[str]:
     errors = workspace.check()
     if errors:
         raise BuildErrors(errors)
-    count = len(workspace.names())
-    return [f"{count} recipe{'s' if count != 1 else ''}, no mistakes"]
+    names = workspace.names()
+    open_ends = {name: workspace.load(name).floating() for name in names}
+    lines = [f"unlocked  {name}  {'; '.join(texts)}" for name, texts in open_ends.items() if texts]
+    count = f"{len(names)} recipe{'s' if len(names) != 1 else ''}"
+    return [*lines, f"{count}, no mistakes{f'; {len(lines)} unlocked: what they name may change' if lines else ''}"]
 
 
 def _here(workspace: Workspace) -> None:
     """A wrong folder has no mistakes and needs nothing: to say so, or to drop a store for it, would be wrong."""
     if not (workspace.root / "recipes").is_dir():
         raise BuildError(str(workspace.root), "is no workspace: it has no folder recipes/", "run this where dodo.py and recipes/ are")
+
+
+def publish_without_building(session: Session, names: list[str], to: str | None) -> Iterator[str]:
+    """What would be sent or, with `to`, back to the release of that digest."""
+    session.plan(names)
+    for name in names:
+        session.publishable(name)
+    for name in names:
+        yield from session.rollback(name, to) if to is not None else session.rehearse(name)
 
 
 def plan(session: Session, name: str) -> list[str]:
@@ -89,6 +102,41 @@ def _row(
     return "runs", step, text
 
 
+def verify(session: Session, said: Mapping[str, str]) -> Iterator[str]:
+    """Digests, signature, statement and weights of a folder or of a hub's repository, ours or not. Raises what does not hold."""
+    from buildsys.release.audit import audit
+
+    if ("path" in said) == ("repo" in said):
+        raise BuildError("verify", "of what?", "say path=FOLDER, or repo=ORG/NAME for a repository of the Hugging Face hub")
+    key = Path(said["key"]) if "key" in said else None
+    folder = Path(said["path"]) if "path" in said else _brought(session, said["repo"], said.get("revision", "main"))
+
+    def progress(phase: str, done: int, total: int) -> None:
+        session.console.progress("verify", "verify", phase, done, total)
+
+    try:
+        found = audit(folder, key, progress)
+    finally:
+        session.console.finished("verify")
+    yield from found.lines
+    if found.findings:
+        raise BuildErrors(list(found.findings))
+    yield f"{said.get('repo', folder)}: nothing wrong was found"
+
+
+def _brought(session: Session, repo: str, revision: str) -> Path:
+    """A folder with the repository's files, as the hub has them now."""
+    from buildsys.hubs import hub
+
+    home = session.store.home / "hub"
+    listed = hub.listing(hub.Repo("model", repo, revision), home)
+    found = hub.locate(listed, listed.files, home)
+    session.console.line(f"{repo} at {listed.commit[:12]}, {len(found.names)} files")
+    paths = hub.fetch(found.how, found.sha256, partial(session.console.progress, "fetch", f"fetch {repo}")) if found.how else found.files
+    session.console.finished("fetch")
+    return next(path.parents[len(Path(name).parts) - 1] for name, path in paths.items())
+
+
 def forget(session: Session, name: str) -> list[str]:
     """The recipe's steps run again at its next build; a recipe that shares one of them builds it again too."""
     steps = session.steps(name)
@@ -116,20 +164,26 @@ def gc(session: Session) -> list[str]:
     """Drops what no recipe needs: links of recipes that are no more, steps that no recipe reaches, and what only they used."""
     _here(session.workspace)
     store, names = session.store, session.workspace.names()
-    session.plan(names)  # a recipe that cannot be planned may need anything, so it stops gc
+    lines = []
+    for name in names:
+        session.workspace.load(name)  # a recipe that cannot be read may need anything, so it stops gc
+        try:
+            session.plan([name])
+        except BuildError as error:  # its hub cannot be reached, its folder is not mounted: what it was built of stays
+            lines.append(f"{name} cannot be planned now, so what its last build used is kept ({error.what})")
 
     def needed() -> set[str]:
         """Real keys as far as they are known, and those of the last build: below a missing step nothing else tells them."""
         keep: set[str] = set()
         for name in names:
-            steps = session.steps(name)
+            steps = session.steps(name) if name in session.plans else ()
             keep |= {found.key for found in store.walk(steps).values() if found.key is not None}
-            keep |= {last.key for last in History(store.home, name).pair(steps).values()}
+            keep |= set(History(store.home, name).keys())
         return keep
 
     gone = [name for name in store.names() if name not in names]
     freed = store.gc(needed, gone)
-    lines = [f"removed {store.root / name}: there is no such recipe" for name in gone]
+    lines += [f"removed {store.root / name}: there is no such recipe" for name in gone]
     return [*lines, f"freed {show.size(freed)}; kept what {len(names)} recipe{'s need' if len(names) != 1 else ' needs'}"]
 
 

@@ -7,68 +7,69 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from buildsys import __version__, actions, disk
+from buildsys import __version__, actions, disk, pages
 from buildsys.console import Console
 from buildsys.driver import DEVICES, Session, Settings
 from buildsys.errors import BuildError
 from buildsys.store import Store
 from buildsys.workspace import Workspace
 
-Command = Callable[[Session, list[str]], Iterable[str]]
+Said = Mapping[str, str]  # options of the line
+Command = Callable[[Session, list[str], Said], Iterable[str]]
 
 
-def names(session: Session, _: list[str]) -> Iterator[str]:
+def names(session: Session, _: list[str], said: Said) -> Iterator[str]:
     """every recipe"""
     for name, path in session.workspace.names().items():
         yield f"{name:<40} {actions.description(path, name, str(path.relative_to(session.workspace.root)))}"
 
 
-def check(session: Session, _: list[str]) -> Iterable[str]:
+def check(session: Session, _: list[str], said: Said) -> Iterable[str]:
     """every recipe: valid? file:line, what, fix"""
     return actions.check(session.workspace)
 
 
-def schema(session: Session, _: list[str]) -> Iterable[str]:
+def schema(session: Session, _: list[str], said: Said) -> Iterable[str]:
     """JSON Schema of a recipe, for editors"""
     return [actions.schema()]
 
 
-def gc(session: Session, _: list[str]) -> Iterable[str]:
+def gc(session: Session, _: list[str], said: Said) -> Iterable[str]:
     """drop from the store what no recipe needs"""
     return actions.gc(session)
 
 
-def plan(session: Session, recipes: list[str]) -> Iterator[str]:
+def plan(session: Session, recipes: list[str], said: Said) -> Iterator[str]:
     """a recipe's steps, each cached or why it runs; nothing runs"""
     session.plan(recipes)
     for name in recipes:
         yield from actions.plan(session, name)
 
 
-def why(session: Session, recipes: list[str]) -> Iterator[str]:
+def why(session: Session, recipes: list[str], said: Said) -> Iterator[str]:
     """what changed since each step's last build"""
     session.plan(recipes)
     for name in recipes:
         yield from actions.reasons(session, name)
 
 
-def forget(session: Session, recipes: list[str]) -> Iterator[str]:
+def forget(session: Session, recipes: list[str], said: Said) -> Iterator[str]:
     """make a recipe's steps run again at its next build"""
     session.plan(recipes)
     for name in recipes:
         yield from actions.forget(session, name)
 
 
-def clean(session: Session, recipes: list[str]) -> Iterator[str]:
+def clean(session: Session, recipes: list[str], said: Said) -> Iterator[str]:
     """remove artifacts/RECIPE; its steps stay in the store"""
     for name in recipes:
         yield from actions.clean(session.store, name)
 
 
-def build(session: Session, recipes: list[str]) -> Iterator[str]:
+def build(session: Session, recipes: list[str], said: Said) -> Iterator[str]:
     """build, verify and link artifacts/RECIPE"""
     session.open(recipes)
     session.look()
@@ -81,18 +82,54 @@ def build(session: Session, recipes: list[str]) -> Iterator[str]:
         yield session.summary(name)
 
 
-def publish(session: Session, recipes: list[str]) -> Iterator[str]:
+def publish(session: Session, recipes: list[str], said: Said) -> Iterator[str]:
     """build, then publish"""
+    if "dry" in said or "to" in said:
+        yield from actions.publish_without_building(session, recipes, said.get("to"))
+        return
     session.plan(recipes)
     for name in recipes:
         session.publishable(name)
-    yield from build(session, recipes)
+    yield from build(session, recipes, said)
     for name in recipes:
         yield from session.publish(name)
 
 
-ALL: tuple[Command, ...] = (names, check, schema, gc)
-EACH: tuple[Command, ...] = (plan, build, why, forget, clean, publish)
+def report(session: Session, recipes: list[str], said: Said) -> Iterable[str]:
+    """one HTML page for each recipe, and an index where there are several"""
+    return pages.report(session, recipes)
+
+
+def verify(session: Session, _: list[str], said: Said) -> Iterable[str]:
+    """digests, signature, statement and weights of any model folder, or of a hub's repository"""
+    return actions.verify(session, said)
+
+
+ALL: tuple[Command, ...] = (names, check, schema, gc, verify)
+EACH: tuple[Command, ...] = (plan, build, why, forget, clean, publish, report)
+
+OPTIONS: dict[str, tuple[Command, ...]] = {
+    "threads": (build, publish, report),
+    "batch": (build, publish),
+    "device": (build, publish, report),
+    "key": (build, publish, verify),
+    "dry": (publish,),
+    "to": (publish,),
+    "path": (verify,),
+    "repo": (verify,),
+    "revision": (verify,),
+}
+HELP = {
+    "threads": "threads of a step (all processors)",
+    "batch": "sequences prefetched at a time; changes speed and memory, never a result",
+    "device": f"one of {', '.join(DEVICES)}",
+    "key": "a file: the private key that signs, or the public key that signatures are checked with",
+    "dry": "say what would be sent; build and send nothing",
+    "to": "build nothing: go back to the earlier release of this digest",
+    "path": "a model's folder",
+    "repo": "a repository of the Hugging Face hub, ORG/NAME",
+    "revision": "of the repository: a branch, a tag or a commit (main)",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -100,11 +137,11 @@ def main(arguments: list[str] | None = None) -> int:
     said = _parser().parse_args(arguments)
     console = Console()
     try:
-        how = {name: value for name, value in vars(said).items() if name in ("threads", "batch", "device") and value is not None}
+        how = {name: str(value) for name, value in vars(said).items() if name in OPTIONS and value not in (None, False)}
         session = Session(Workspace(Path.cwd()), Store(), Settings.read(how), console)
         try:
             recipes = session.workspace.find(",".join(said.recipes)) if said.command in EACH else []
-            for line in said.command(session, recipes):
+            for line in said.command(session, recipes, how):
                 console.line(line)
         finally:
             session.end()
@@ -133,10 +170,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         if command in EACH:
             sub.add_argument("recipes", nargs="+", metavar="RECIPE", help="a name, a glob or a path")
-        if command in (build, publish):
-            sub.add_argument("--threads", help="threads of a step (all processors)")
-            sub.add_argument("--batch", help="sequences prefetched at a time; changes speed and memory, never a result")
-            sub.add_argument("--device", help=f"one of {', '.join(DEVICES)}")
+        for option in (option for option, commands_with_it in OPTIONS.items() if command in commands_with_it):
+            sub.add_argument(f"--{option}", help=HELP[option], action="store_true" if option == "dry" else "store")
     return parser
 
 

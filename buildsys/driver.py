@@ -8,20 +8,21 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from buildsys import console as show
 from buildsys.console import Console
 from buildsys.errors import BuildError, BuildErrors
 from buildsys.history import History, Ingredients
 from buildsys.measurement import Verdict
+from buildsys.publishers import Progress, Receipt, Release
 from buildsys.slots import modules
 from buildsys.step import Step, digest
 from buildsys.store import Artifact, Store
@@ -29,6 +30,8 @@ from buildsys.worker import STEPS, Device, Job, Workers, perform
 
 if TYPE_CHECKING:
     from buildsys.plan import Plan
+    from buildsys.release.facts import Facts
+    from buildsys.release.signing import Signer
     from buildsys.workspace import Workspace
 
 DEVICES: tuple[Device, ...] = get_args(Device)
@@ -42,6 +45,7 @@ class Settings:
     threads: int
     batch: int = BATCH
     device: Device = "auto"
+    key: str | None = None  # a file with the private key that signs releases
 
     @classmethod
     def read(cls, said: Mapping[str, str]) -> Settings:
@@ -49,7 +53,7 @@ class Settings:
         device = next((known for known in DEVICES if known == asked), None)
         if device is None:
             raise BuildError(f"device={asked}", "is no kind of device", f"say one of {', '.join(DEVICES)}")
-        return cls(_count("threads", said, _processors()), _count("batch", said, BATCH), device)
+        return cls(_count("threads", said, _processors()), _count("batch", said, BATCH), device, said.get("key"))
 
 
 def _processors() -> int:
@@ -87,6 +91,7 @@ class Session:
         self.plans: dict[str, Plan] = {}
         self.outcomes: dict[str, Outcome] = {}  # by planned key
         self.verdicts: dict[str, tuple[Verdict, ...]] = {}  # by recipe
+        self.releases: dict[str, Release] = {}  # by recipe
         self._artifacts: dict[str, Artifact] = {}  # by planned key
         self._histories: dict[str, History] = {}
         self._steps = steps
@@ -99,6 +104,7 @@ class Session:
     def open(self, names: Iterable[str]) -> None:
         """Plans recipes that will be built; gc is held off until `end`."""
         self._held.enter_context(self.store.in_use())
+        _ = self._signer  # a key that cannot sign is refused now, and not when all is built
         self.plan(names)
 
     def plan(self, names: Iterable[str]) -> None:
@@ -169,6 +175,7 @@ class Session:
 
     def judge(self, name: str) -> list[str]:
         """Holds the recipe's measurements to its limits. artifacts/<recipe> moves where they hold, and never leads to what failed."""
+        from buildsys.release.facts import gather
         from buildsys.verdict import judge
 
         plan = self.plans[name]
@@ -178,39 +185,112 @@ class Session:
         failed = [verdict for verdict in verdicts if verdict.state == "failed"]
         if failed:
             raise self._failed(plan, artifact, failed)
-        self.store.link(name, self.store.tree(artifact))
-        return [f"{verdict.state:<7} {verdict.check:<9} {verdict.text}" for verdict in verdicts]
+        facts = gather(plan, self.store, verdicts)
+        release = self.releases[name] = self._seal(facts)
+        self.store.link(name, release.tree)
+        several = f"{name}: " if len(self.plans) > 1 else ""
+        lines = [f"{several}{verdict.state:<7} {verdict.check:<9} {verdict.text}" for verdict in verdicts]
+        return [*lines, f"{several}{self._signed()}"]
+
+    def _seal(self, facts: Facts) -> Release:
+        from buildsys.release import seal
+
+        sealed = seal.seal(facts, self.store, self._signer)
+        step = release_step(facts.plan)
+        with self._lock:
+            self._history(facts.name).note(step, Ingredients.of(step, sealed.key, {}))
+            self._history(facts.name).write(self._remembered(facts.name))
+        return seal.release(facts.name, sealed, seal.tree(facts, self.store, sealed))
+
+    def _signed(self) -> str:
+        if self._signer is None:
+            return "unsigned  no key: say key=FILE, or set BUILDSYS_SIGNING_KEY, to sign"
+        return f"signed    with the key {self._signer.fingerprint[:16]}"
 
     def publish(self, name: str) -> list[str]:
-        """Sends the judged artifact where the recipe says. Publishing looks at the other side each time, so it is never cached."""
-        plan = self.plans[name]
-        chosen = plan.recipe.publish.publishers
+        """Sends the judged release where the recipe says. Publishing looks at the other side each time, so it is never cached."""
         skipped = [verdict for verdict in self.verdicts[name] if verdict.state != "passed"]
         if skipped:
             text = "; ".join(f"{verdict.check} was skipped: {verdict.text}" for verdict in skipped)
             fix = "run it where every declared check can run, or take the check out of the recipe"
-            raise BuildError(plan.recipe.at("verify"), f"{name} is not published: {text}", fix)
-        tree = self.store.tree(self._artifacts[plan.artifact.planned_key])
+            raise BuildError(self.plans[name].recipe.at("verify"), f"{name} is not published: {text}", fix)
         lines = []
-        for publisher, knobs in chosen.items():
-            module = modules("publishers")[publisher]
-            task = f"publish {name}"
-
-            def progress(phase: str, done: int, total: int, task: str = task) -> None:
-                self.console.progress(task, task, phase, done, total)
-
-            try:
-                receipt = module.publish(knobs, tree, module.destination(knobs, plan.recipe.folder("publish", publisher)), progress)
-            finally:
-                self.console.finished(task)
+        for publisher, module, knobs, to in self._places(name):
+            receipt = self._send(name, publisher, partial(module.publish, knobs, self.releases[name], to))
             lines.append(f"published {name} -> {receipt.url} ({publisher}, read back, digest {receipt.digest[:12]})")
         return lines
+
+    def rehearse(self, name: str) -> list[str]:
+        """What `publish` would send of what is built; nothing is sent, and nothing is built."""
+        self.facts(name)
+        self.judge(name)
+        release = self.releases[name]
+        lines = []
+        for publisher, module, knobs, to in self._places(name):
+            lines.append(f"{name} -> {publisher} {to}, release {release.digest[:16]}; nothing is sent:")
+            with self._at_recipe(name, publisher):
+                lines += [f"  {line}" for line in module.plan(knobs, release, to)]
+        return lines
+
+    def rollback(self, name: str, whole: str) -> list[str]:
+        """Makes an earlier release the current one everywhere that the recipe publishes to; nothing is built."""
+        lines = []
+        for publisher, module, knobs, to in self._places(name):
+            receipt = self._send(name, publisher, partial(module.rollback, knobs, whole, to))
+            lines.append(f"rolled back {name} -> {receipt.url} ({publisher}, read back, digest {receipt.digest[:12]})")
+        return lines
+
+    def _places(self, name: str) -> Iterator[tuple[str, ModuleType, Any, Any]]:
+        recipe = self.plans[name].recipe
+        for publisher, knobs in recipe.publish.publishers.items():
+            module = modules("publishers")[publisher]
+            yield publisher, module, knobs, module.destination(knobs, recipe.folder("publish", publisher))
+
+    def _send(self, name: str, publisher: str, send: Callable[[Progress], Receipt]) -> Receipt:
+        task = f"publish {name}"
+        try:
+            with self._at_recipe(name, publisher):
+                return send(partial(self.console.progress, task, task))
+        finally:
+            self.console.finished(task)
+
+    @contextmanager
+    def _at_recipe(self, name: str, publisher: str) -> Iterator[None]:
+        """An error of a publisher is told at the recipe's line that names the publisher."""
+        try:
+            yield
+        except BuildError as error:
+            where = self.plans[name].recipe.at("publish", publisher)
+            raise BuildError(where, f"{error.where}: {error.what}", error.fix) from error
 
     def publishable(self, name: str) -> None:
         """Refuses a recipe that names no place to publish to, before anything is built for it."""
         recipe = self.plans[name].recipe
         if not recipe.publish.publishers:
             raise BuildError(recipe.at("publish"), f"{name} names no place to publish to", "write publish: {directory: {path: …}}")
+
+    def facts(self, name: str) -> Facts:
+        """What is known of the recipe's build, judged anew; a gate that fails is a fact. Raises BuildError where nothing is built."""
+        from buildsys.release.facts import gather
+        from buildsys.verdict import judge
+
+        plan = self.plans[name]
+        found = self.store.walk(plan.steps)
+        missing = [step for step in plan.steps if found[step.planned_key].artifact is None]
+        if missing:
+            what = f"{name} is not built as its recipe says now: {len(missing)} of {len(plan.steps)} steps are missing"
+            raise BuildError(plan.recipe.at(), what, f"run `doit build recipe={name}`")
+        self._artifacts |= {planned: one.artifact for planned, one in found.items() if one.artifact is not None}
+        return gather(plan, self.store, judge(plan, self.store))
+
+    def answers(self, name: str) -> Artifact | None:
+        """Both models' answers to the recipe's prompts, computed where the store has none; None: the recipe has no prompts."""
+        step = self.plans[name].generated
+        if step is None:
+            return None
+        if not self.ready(step):
+            self.build(step)
+        return self._artifacts[step.planned_key]
 
     def summary(self, name: str) -> str:
         """One line on the whole recipe."""
@@ -231,6 +311,12 @@ class Session:
         self.console.close()
 
     @cached_property
+    def _signer(self) -> Signer | None:
+        from buildsys.release.signing import signer
+
+        return signer({"key": self.settings.key} if self.settings.key else {})
+
+    @cached_property
     def _functions(self) -> ModuleType:
         return import_module(self._steps)
 
@@ -249,6 +335,7 @@ class Session:
             inputs=inputs,
             root=str(self.store.root),
             heavy=step.heavy,
+            computes=step.computes,
             threads=settings.threads,
             batch=settings.batch,
             device=settings.device,
@@ -264,16 +351,22 @@ class Session:
             if outcome.built:
                 self.outcomes[step.planned_key] = outcome
             ingredients = Ingredients.of(step, artifact.key, self._artifacts)
-            for name, plan in self.plans.items():
+            for name in self.plans:
                 if step in self._members(name):
                     self._history(name).note(step, ingredients)
                     if write:
-                        self._history(name).write([*self.steps(name), limits(plan)])
+                        self._history(name).write(self._remembered(name))
 
     def _members(self, name: str) -> frozenset[Step]:
         if name not in self._sets:
-            self._sets[name] = frozenset(self.steps(name))
+            self._sets[name] = frozenset(self._remembered(name))
         return self._sets[name]
+
+    def _remembered(self, name: str) -> list[Step]:
+        """What a recipe's history holds: its steps, the answers that its report shows, judging and sealing."""
+        plan = self.plans[name]
+        asked = [plan.generated] if plan.generated is not None else []
+        return [*self.steps(name), *asked, limits(plan), release_step(plan)]
 
     def _history(self, name: str) -> History:
         if name not in self._histories:
@@ -284,7 +377,7 @@ class Session:
         step = limits(self.plans[name])
         with self._lock:
             self._history(name).note(step, Ingredients.of(step, digest(step.knobs), {}))
-            self._history(name).write([*self.steps(name), step])
+            self._history(name).write(self._remembered(name))
 
     def _failed(self, plan: Plan, artifact: Artifact, failed: list[Verdict]) -> BuildError:
         link = self.store.root / plan.name
@@ -308,6 +401,11 @@ class Session:
 
 def _walk(*ends: Step) -> tuple[Step, ...]:
     return tuple({step.planned_key: step for end in ends for step in end.walk()}.values())
+
+
+def release_step(plan: Plan) -> Step:
+    """Sealing as a step, for gc alone: what it made is kept."""
+    return Step("release", "card, provenance, digests", 1, {})
 
 
 def limits(plan: Plan) -> Step:

@@ -8,6 +8,7 @@ where is from LMDeploy's docs and kernels at commit 1263d5cd (August 2026, the 0
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -68,6 +69,9 @@ SUPPORT: dict[str, Support] = {
 }
 """Weight formats by the name of their module in formats/ (`fp16`: a model that is not quantized)."""
 
+_SPELLED_OUT = frozenset(["nvidia", "tesla", "geforce", "pcie", "sxm", "sxm2", "sxm4", "sxm5", "hbm2", "hbm2e", "hbm3", "hbm3e"])
+"""What drivers print around a device's name: NVIDIA A100-SXM4-80GB, NVIDIA H100 80GB HBM3."""
+
 
 def lookup(name: str) -> GPU | None:
     """The GPU of that name, in any case; None where the table has none (see `close`)."""
@@ -75,11 +79,13 @@ def lookup(name: str) -> GPU | None:
 
 
 def close(name: str) -> tuple[str, ...]:
-    """Names that a user who wrote `name` may have meant: those that start alike, then those that are spelled alike."""
-    asked = name.strip().lower().replace(" ", "-").replace("_", "-")
-    starts = [known for known in GPUS if asked and (known.startswith(asked) or asked.startswith(known))]
-    alike = difflib.get_close_matches(asked, GPUS, n=3, cutoff=0.6)
-    return tuple(dict.fromkeys(starts + alike))
+    """Names that a user who wrote `name` may have meant, nvidia-smi's spelling included: the same, else those that start alike, else those
+    that are spelled alike."""
+    words = [word for word in re.split("[^a-z0-9]+", name.lower()) if word and word not in _SPELLED_OUT]
+    asked = "-".join(words)
+    same = [known for known in GPUS if words and known.replace("-", "") == "".join(words)]
+    starts = [known for known in GPUS if asked and (known.startswith(asked) or re.match(rf"{known}(?!\d)", asked))]
+    return tuple(same or sorted(starts, key=len, reverse=True) or difflib.get_close_matches(asked, GPUS, n=3, cutoff=0.6))
 
 
 def head_dims(sm: int, kv_policy: KvPolicy) -> tuple[int, ...]:

@@ -67,6 +67,10 @@ class History:
             disk.write(self._path, canonical([asdict(one) for one in entries]))
         self._before = entries
 
+    def keys(self) -> tuple[str, ...]:
+        """Real keys of the last build."""
+        return tuple(one.key for one in self._before)
+
     def pair(self, steps: Iterable[Step]) -> dict[str, Ingredients]:
         """The last build of each step, by planned key: of one kind, those of equal titles, then the others in their order.
 

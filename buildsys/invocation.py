@@ -17,9 +17,9 @@ from buildsys.step import Step
 from buildsys.store import Store
 from buildsys.workspace import Workspace
 
-TASKS = ("build", "check", "gc", "plan", "publish", "test", "why")
+TASKS = ("build", "check", "gc", "plan", "publish", "report", "test", "verify", "why")
 COMMANDS = frozenset({"run", "list", "info", "clean", "forget", "help", "ignore", "dumpdb", "strace", "tabcompletion", "resetdep"})
-VARIABLES = ("recipe", "threads", "batch", "device")
+VARIABLES = ("recipe", "threads", "batch", "device", "key", "dry", "to", "path", "repo", "revision")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,12 @@ class Line:
     def builds(self) -> bool:
         """Whether `recipe=` says what to build: `doit build`, `doit publish`, or plain `doit`."""
         named = [word for word in self.words if word.partition(":")[0] in TASKS]
-        return self.command == "run" and (not named or "build" in named or "publish" in named)
+        return self.command == "run" and not self.looks and (not named or "build" in named or "publish" in named)
+
+    @property
+    def looks(self) -> bool:
+        """Whether `doit publish` is to say what it would do, or to go back to what is published already: nothing is built for that."""
+        return self.said.get("dry", "0") != "0" or "to" in self.said
 
 
 class Run:

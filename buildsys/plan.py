@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from buildsys import footprint, gpus
 from buildsys.architecture import Architecture
 from buildsys.errors import BuildError, BuildErrors
+from buildsys.located import Located
 from buildsys.quant import VERSION as QUANT
-from buildsys.recipe import PATH_KNOBS, Recipe
+from buildsys.recipe import Recipe
 from buildsys.slots import Choice, modules
 from buildsys.step import Need, Step
 from buildsys.store import Store
@@ -22,12 +22,16 @@ from buildsys.survey import Survey, survey
 WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 """What a step reads that computes with a model."""
 
+CHAT = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json")
+"""Beside the tokenizer, what turns a conversation into text, and special tokens into their ids."""
+
 VERSIONS = MappingProxyType(
-    {"fetch": 1, "tokens": 1, "disjoint": 1, "calibrate": 1, "quantize": 1, "pack": 1, "assemble": 1, "score": 1, "measure": 1}
+    dict.fromkeys(
+        ("fetch", "tokens", "disjoint", "calibrate", "quantize", "pack", "assemble", "score", "measure", "generate"),
+        1,
+    )
 )
 """Of the steps' own glue in steps.py; arithmetic, methods, formats and checks have VERSIONs of their own, which are in the keys too."""
-
-Digest = Callable[[Path], str]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Plan:
     artifact: Step  # its output is the deployable folder
     quantized: Step  # its output names each layer's error
     measures: tuple[tuple[str, Step], ...]
+    generated: Step | None  # both models' answers to the recipe's prompts; only a report runs it
+    source: Located
     building: footprint.Building
     serving: footprint.Serving | None  # None: the recipe names no target
     notes: tuple[str, ...]
@@ -51,21 +57,21 @@ class Plan:
 
 def plan(recipe: Recipe, store: Store, threads: int = 2) -> Plan:
     """The graph of `recipe`. Raises BuildErrors with every misfit of the recipe and its model."""
-    source = recipe.source.module.locate(recipe.source.knobs, recipe.folder("source"))
-    surveyed = survey(source)
+    source = located(recipe, ("source",), recipe.source, store)
+    surveyed = survey(source.files, source.sizes)
     left_float, errors = skipped_linears(recipe, surveyed)
     errors += misfits(recipe, surveyed, left_float)
     if errors:
         raise BuildErrors(errors)
-    graph = Graph(recipe, surveyed, left_float, store.sha256)
-    fetched = graph.fetch("source", recipe.source.name, source)
+    graph = Graph(recipe, surveyed, left_float, store)
+    fetched = graph.fetch("source", "sources", recipe.source.name, source)
     calibration = graph.tokens("calibration", fetched)
     text = graph.tokens("verify", fetched)
     disjoint = graph.disjoint(calibration, text)
     calibrated = graph.calibrate(fetched, calibration, disjoint)
     quantized = graph.quantize(fetched, calibrated, calibration)
     packed = graph.pack(fetched, quantized)
-    artifact = graph.assemble(fetched, packed, source)
+    artifact = graph.assemble(fetched, packed, source.names)
     measures = tuple(graph.measures(fetched, quantized, packed, text))
     last = (artifact, *(step for _, step in measures))
     steps = {step.planned_key: step for end in last for step in end.walk()}
@@ -76,10 +82,21 @@ def plan(recipe: Recipe, store: Store, threads: int = 2) -> Plan:
         artifact=artifact,
         quantized=quantized,
         measures=measures,
+        generated=graph.generate(fetched, packed, source.names),
+        source=source,
         building=_building(recipe, surveyed, left_float, threads),
         serving=_serving(recipe, surveyed, left_float),
         notes=(*_notes(recipe, surveyed), *_ungated(recipe)),
     )
+
+
+def located(recipe: Recipe, where: tuple[str, ...], chosen: Choice, store: Store) -> Located:
+    """The files of the recipe's choice at `where`; what is wrong with them is told at the recipe's own line."""
+    try:
+        found: Located = chosen.module.locate(chosen.knobs, recipe.folder(*where), store.home / "hub")
+    except BuildError as error:
+        raise BuildError(recipe.at(*where, chosen.name), f"{error.where} {error.what}", error.fix) from None
+    return found
 
 
 # What does not fit
@@ -240,7 +257,7 @@ class Graph:
     recipe: Recipe
     surveyed: Survey
     left_float: tuple[str, ...]
-    sha256: Digest
+    store: Store
 
     def _step(self, kind: str, title: str, knobs: Mapping[str, Any], *needs: Need, **more: Any) -> Step:
         return Step(kind, title, VERSIONS[kind], knobs, needs, **{"heavy": True, **more})
@@ -255,17 +272,23 @@ class Graph:
             "skip": list(self.left_float),
         }
 
-    def fetch(self, what: str, slot: str, files: Mapping[str, Path]) -> Step:
-        knobs = {"files": {name: self.sha256(path) for name, path in sorted(files.items())}}
-        paths = {name: str(path.absolute()) for name, path in files.items()}
-        return self._step("fetch", f"{what} ({slot})", knobs, heavy=False, hints={"paths": paths}, promises=knobs["files"])
+    def fetch(self, what: str, slot: str, name: str, found: Located) -> Step:
+        """Its key holds what the files are, never where they come from: a model on a hub and its copy on a disk are one step."""
+        files = {file: found.sha256.get(file) or self.store.sha256(found.files[file]) for file in found.names}
+        if found.how:
+            hints: dict[str, Any] = {"how": dict(found.how), "slot": slot, "module": name}
+        else:
+            hints = {"paths": {file: str(path.absolute()) for file, path in found.files.items()}}
+            hints |= {"module": name, "pin": found.pin} if found.pin else {}  # all of a hub's files may be here
+        title = f"{what} ({name}{' ' + found.pin if found.pin else ''})"
+        return self._step("fetch", title, {"files": files}, heavy=bool(found.how), hints=hints, promises=files)
 
     def tokens(self, section: str, source: Step) -> Step:
         """Windows of one of the recipe's two texts; files are fetched first where the dataset has any."""
         asked = self.recipe.calibration if section == "calibration" else self.recipe.verify
         key = "dataset" if section == "calibration" else "text"
         dataset: Choice = getattr(asked, key)
-        module, written = dataset.module, dataset.knobs.model_dump(exclude={*PATH_KNOBS, "outside"})
+        module, written = dataset.module, dataset.knobs.model_dump(exclude=set(dataset.module.PLACES))
         knobs = {
             "dataset": {"name": dataset.name, "version": module.VERSION, "knobs": written},
             "samples": asked.samples,
@@ -278,10 +301,16 @@ class Graph:
             needs = [Need("source", source, WEIGHTS)]
         else:
             knobs |= {"vocab_size": self.surveyed.architecture.vocab_size}
-            files = module.locate(dataset.knobs, self.recipe.folder(section, key))
-            needs = [Need("source", source, (self.surveyed.tokenizer,)), Need("text", self.fetch(f"{section} text", dataset.name, files))]
+            found = located(self.recipe, (section, key), dataset, self.store)
+            text = self.fetch(f"{section} text", "datasets", dataset.name, found)
+            needs = [Need("source", source, self._tokenizer(module.READS == "chat")), Need("text", text)]
         title = f"{section} {dataset.name} {asked.samples} x {asked.seqlen}, seed {asked.seed}"
-        return self._step("tokens", title, knobs, *needs, hints={"where": where})
+        return self._step("tokens", title, knobs, *needs, hints={"where": where}, computes=module.READS == "model")
+
+    def _tokenizer(self, chat: bool) -> tuple[str, ...]:
+        """Files of the source that turn text into tokens; tokenizer.json says it all, a sentencepiece model leaves added tokens out."""
+        whole = self.surveyed.tokenizer == "tokenizer.json" and not chat
+        return (self.surveyed.tokenizer,) if whole else (self.surveyed.tokenizer, *CHAT)
 
     def disjoint(self, calibration: Step, text: Step) -> Step:
         """Refuses verify text that calibration has seen; nothing reads its output, but nothing expensive starts before it."""
@@ -291,7 +320,7 @@ class Graph:
     def calibrate(self, source: Step, tokens: Step, disjoint: Step) -> Step:
         knobs = {"model": self.surveyed.computed, "quant": QUANT}
         needs = Need("source", source, WEIGHTS), Need("tokens", tokens)
-        return self._step("calibrate", "activation statistics", knobs, *needs, after=(disjoint,))
+        return self._step("calibrate", "activation statistics", knobs, *needs, after=(disjoint,), computes=True)
 
     def quantize(self, source: Step, stats: Step, tokens: Step) -> Step:
         asked = self.recipe.quantization
@@ -307,14 +336,14 @@ class Graph:
         if asked.method[-1].module.SEES_TOKENS:
             needs.append(Need("tokens", tokens))
         title = f"{asked.scheme}, {' + '.join(m.name for m in asked.method)}"
-        return self._step("quantize", title, knobs, *needs, resumes=True)
+        return self._step("quantize", title, knobs, *needs, resumes=True, computes=True)
 
     def pack(self, source: Step, blocks: Step) -> Step:
         knobs = {"model": self.surveyed.computed, "quant": QUANT, **self._packing}
         needs = Need("source", source, WEIGHTS), Need("blocks", blocks, ("*.safetensors",))
         return self._step("pack", f"format {self.recipe.format.name}", knobs, *needs)
 
-    def assemble(self, source: Step, packed: Step, files: Mapping[str, Path]) -> Step:
+    def assemble(self, source: Step, packed: Step, files: tuple[str, ...]) -> Step:
         """Everything of the source that is not weights, the packed weights, and how to serve them."""
         target = self.recipe.target.model_dump() if self.recipe.target is not None else None
         knobs = {
@@ -331,7 +360,39 @@ class Graph:
         knobs = {"model": self.surveyed.computed, "quant": QUANT, **self._packing, "kv": policy}
         needs = Need("source", source, WEIGHTS), Need("packed", packed), Need("tokens", tokens)
         title = "predictions beside the source's" + ("" if policy == "none" else f", KV cache {policy}")
-        return self._step("score", title, knobs, *needs)
+        return self._step("score", title, knobs, *needs, computes=True)
+
+    def generate(self, source: Step, packed: Step, files: tuple[str, ...]) -> Step | None:
+        """Both models' greedy answers to the recipe's prompts."""
+        asked = self.recipe.report
+        prompts = [*asked.prompts, *self._prompts_file()]
+        if not prompts:
+            return None
+        knobs = {
+            "prompts": prompts,
+            "max_new_tokens": asked.max_new_tokens,
+            "chat": asked.chat,
+            "model": self.surveyed.computed,
+            "quant": QUANT,
+            **self._packing,
+        }
+        beside = tuple(name for name in (self.surveyed.tokenizer, *CHAT, "generation_config.json") if name in files)
+        needs = Need("source", source, (*WEIGHTS, *beside)), Need("packed", packed)
+        where = self.recipe.at("report")
+        title = f"answers to {len(prompts)} prompts"
+        return self._step("generate", title, knobs, *needs, hints={"where": where}, computes=True)
+
+    def _prompts_file(self) -> list[str]:
+        """Prompts of `report.path`, one a line."""
+        if self.recipe.report.path is None:
+            return []
+        path = self.recipe.folder("report") / self.recipe.report.path
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            what = f"{path} cannot be read as text: {error.strerror if isinstance(error, OSError) else error}"
+            raise BuildError(self.recipe.at("report", "path"), what, "write a UTF-8 file with one prompt a line") from None
+        return [line.strip() for line in lines if line.strip()]
 
     def measures(self, source: Step, quantized: Step, packed: Step, tokens: Step) -> Iterator[tuple[str, Step]]:
         """One step a check, without its limits: those are judged, and a change of them measures nothing again."""

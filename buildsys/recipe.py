@@ -118,6 +118,16 @@ else:
     Publish = create_model("Publish", __base__=_Publish, __doc__=_Publish.__doc__, **several("publishers"))
 
 
+class Report(Frozen):
+    """What `doit report` shows beside numbers: greedy answers of the source and of the result, side by side."""
+
+    prompts: tuple[Annotated[str, Field(min_length=1, max_length=100_000)], ...] = Field(default=(), description="what both are asked")
+    path: str | None = Field(default=None, min_length=1, description="a text file of prompts, one a line, relative to this file")
+    outside: StrictBool = Field(default=False, description="let the path leave the workspace: the recipe then works on this machine only")
+    max_new_tokens: Annotated[StrictInt, Field(ge=1, le=4096)] = Field(default=64, description="tokens of an answer, at most")
+    chat: StrictBool | None = Field(default=None, description="ask through the model's chat template; left out: where the model has one")
+
+
 class Recipe(Frozen):
     """One model to build: where it comes from, how it is quantized, what it is held to, where it goes."""
 
@@ -130,6 +140,8 @@ class Recipe(Frozen):
     format: Format = Field(description="how codes lie on disk")
     verify: Verify = Field(description="what the result is held to")
     publish: Publish = Field(default_factory=Publish, description="where `doit publish` sends the artifact")
+
+    report: Report = Field(default_factory=Report, description="what `doit report` shows beside numbers")
 
     _name: str = PrivateAttr("")
     _root: Path = PrivateAttr(Path())
@@ -164,6 +176,12 @@ class Recipe(Frozen):
     def at(self, *where: str | int) -> str:
         """`recipes/x.yaml:9`: the line that wrote this value or, where it is a default, the nearest value around it."""
         return str(self._document.origin(where) or self._name)
+
+    def floating(self) -> list[str]:
+        """What the recipe leaves open, so that tomorrow it may name something else; asks no hub."""
+        chosen = (("source", self.source), ("calibration.dataset", self.calibration.dataset), ("verify.text", self.verify.text))
+        found = [(f"{where}.{choice.name}", choice.module.floats(choice.knobs)) for where, choice in chosen]
+        return [f"{where}: {text}" for where, text in found if text]
 
     def folder(self, *where: str | int) -> Path:
         """What relative paths in the knobs at `where` are relative to: the folder of the file that wrote them (it may be a base)."""

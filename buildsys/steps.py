@@ -30,7 +30,7 @@ __all__ = ["Request", "Resources", "run"]
 
 Progress = Callable[[str, int, int], None]
 MAX_SHARD_BYTES = 4 << 30
-TOKENS = "tokens.safetensors"
+TOKENS, GENERATIONS, GENERATION = "tokens.safetensors", "generations.json", "generation_config.json"
 
 
 def run(request: Request, progress: Progress) -> dict[str, Any]:
@@ -39,16 +39,24 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
 
 
 def fetch(request: Request, progress: Progress) -> None:
-    """Links to the files where they are. Their digests were taken when the build was planned: a file that changed since is refused."""
+    """Links to the files where they are, or where a hub's client keeps them. Their digests are known since the build was planned."""
     expected: Mapping[str, str] = request.knobs["files"]
-    for done, (name, written) in enumerate(sorted(request.hints["paths"].items())):
-        path = Path(written)
+    for done, (name, path) in enumerate(sorted(_here(request, expected, progress).items())):
         if request.sha256(path) != expected[name]:
             raise BuildError(str(path), "changed after the build was planned", "run the same command again when nobody writes to it")
         link = request.stage / name
         link.unlink(missing_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path)
         progress("fetch", done + 1, len(expected))
+
+
+def _here(request: Request, expected: Mapping[str, str], progress: Progress) -> Mapping[str, Path]:
+    hints = request.hints
+    if "how" not in hints:
+        return {name: Path(path) for name, path in hints["paths"].items()}
+    brought: Mapping[str, Path] = modules(hints["slot"])[hints["module"]].fetch(hints["how"], expected, progress)
+    return brought
 
 
 def tokens(request: Request, progress: Progress) -> None:
@@ -64,10 +72,18 @@ def tokens(request: Request, progress: Progress) -> None:
         found = dataset.generate(knobs, model, asked["samples"], asked["seqlen"], asked["seed"], resources, progress)
     else:
         encode = corpus.tokenizer(source.files, "source")
-        texts = dataset.texts(knobs, request.read("text").files)
-        found = corpus.windows(texts, encode, asked["samples"], asked["seqlen"], asked["seed"], where)
+        files = request.read("text").files
+        texts = dataset.texts(knobs, files) if dataset.READS == "text" else dataset.texts(knobs, files, _renderer(source))
+        end = "" if dataset.READS == "chat" else "\n"  # a template ends a conversation itself
+        found = corpus.windows(texts, encode, asked["samples"], asked["seqlen"], asked["seed"], where, end)
         found = corpus.within(found, asked["vocab_size"], where)
     checkpoint.save(request.stage / TOKENS, {"tokens": found})
+
+
+def _renderer(source: Inputs) -> Any:
+    from buildsys.io import chat
+
+    return chat.renderer(source.files, "source")
 
 
 def disjoint(request: Request, progress: Progress) -> None:
@@ -189,6 +205,32 @@ def score(request: Request, progress: Progress) -> None:
     checkpoint.save(request.stage / "scores.safetensors", compare(source, quantized, seen, request.resources, progress))
 
 
+def generate(request: Request, progress: Progress) -> None:
+    """Greedy answers of both models to the recipe's prompts, one model in memory after the other."""
+    from buildsys.io import chat, corpus
+    from buildsys.quant.sample import greedy
+
+    knobs, source = request.knobs, request.read("source")
+    encode, decode = corpus.tokenizer(source.files, "source"), corpus.decoder(source.files, "source")
+    asked = list(knobs["prompts"])
+    render = None if knobs["chat"] is False or (knobs["chat"] is None and not chat.has_template(source.files)) else _renderer(source)
+    prompts = [encode(render([{"role": "user", "content": text}], None, True) if render else text) for text in asked]
+    original = float_model(source, request)
+    ends, answers = _ends(source, original.architecture), []
+    for phase, model in (("source", original), ("quantized", packed_model(request, original.architecture, None))):
+        written = greedy(model, prompts, knobs["max_new_tokens"], ends, request.resources, partial(progress, phase))
+        answers.append([decode(ids) for ids in written])
+    found = [{"prompt": text, "source": first, "quantized": second} for text, first, second in zip(asked, *answers, strict=True)]
+    (request.stage / GENERATIONS).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _ends(source: Inputs, architecture: Architecture) -> frozenset[int]:
+    """Tokens that end an answer: of config.json, and of generation_config.json, which knows a chat's."""
+    said = read_config(source.path(GENERATION), GENERATION).get("eos_token_id") if GENERATION in source.files else None
+    more = said if isinstance(said, list) else [said]
+    return frozenset((*architecture.eos_token_ids, *(token for token in more if isinstance(token, int))))
+
+
 def measure(request: Request, progress: Progress) -> None:
     """One check's numbers."""
     knobs = request.knobs
@@ -238,5 +280,5 @@ def packed_model(request: Request, architecture: Architecture, keep_kv: Any) -> 
 
 
 _STEPS: dict[str, Callable[[Request, Progress], dict[str, Any] | None]] = {
-    function.__name__: function for function in (fetch, tokens, disjoint, calibrate, quantize, pack, assemble, score, measure)
+    function.__name__: function for function in (fetch, tokens, disjoint, calibrate, quantize, pack, assemble, score, measure, generate)
 }

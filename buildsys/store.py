@@ -200,9 +200,12 @@ class Store:
 
     # Deploying
 
-    def tree(self, artifact: Artifact) -> Path:
-        """A folder with the artifact's files under their names, for others to read: complete, or not there."""
-        folder = self.home / "trees" / artifact.digest()
+    def tree(self, artifact: Artifact, of: str = "") -> Path:
+        """A folder with the artifact's files under their names, for others to read: complete, or not there.
+
+        `of` is the digest of another artifact that this one adds to; `linked` then answers that.
+        """
+        folder = self.home / "trees" / "-".join(filter(None, (of, artifact.digest())))
         if _tree_holds(folder, artifact):
             return folder
         with self.in_use(), disk.writing(folder):
@@ -241,6 +244,10 @@ class Store:
 
     def linked(self, name: str) -> str | None:
         """The digest of the artifact that artifacts/<name> leads to."""
+        tree = self._linked(name)
+        return tree.partition("-")[0] if tree is not None else None
+
+    def _linked(self, name: str) -> str | None:
         link = self.root / name
         return PurePosixPath(os.readlink(link)).name if link.is_symlink() else None
 
@@ -265,7 +272,7 @@ class Store:
                 if manifest.stem not in keep:
                     manifest.unlink()
             used = {file.sha256 for key in keep if (artifact := self.find(key)) is not None for file in artifact.files.values()}
-            trees = {self.linked(name) for name in self.names()}
+            trees = {self._linked(name) for name in self.names()}
             prefixes = {key[:12] for key in keep}
             unused = [path for path in self._list("trees") if path.name not in trees]
             unused += [path for folder in self._list("blobs") for path in folder.iterdir() if path.name not in used]
@@ -424,10 +431,15 @@ def _check_name(name: str) -> None:
 
 
 def _told(holder: Path) -> str:
-    try:
-        return holder.read_text() or "another process"
-    except OSError:
-        return "another process"
+    """Who has a lock. Whoever has just got it says so a moment later."""
+    for _ in range(10):
+        try:
+            if said := holder.read_text():
+                return said
+        except OSError:
+            pass  # not yet, or no longer
+        time.sleep(0.02)
+    return "another process"
 
 
 def _tree_holds(folder: Path, artifact: Artifact) -> bool:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from buildsys.architecture import Architecture
@@ -67,22 +67,25 @@ def describe(config: Mapping[str, Any], where: str) -> tuple[Architecture, Modul
     return known[name].describe(config, where), known[name]
 
 
-def survey(files: Mapping[str, Path]) -> Survey:
-    """Reads config.json and every header; refuses a model whose tensors are not the architecture's."""
+def survey(files: Mapping[str, Path], sizes: Mapping[str, int] = MappingProxyType({})) -> Survey:
+    """Reads config.json and every header; refuses a model whose tensors are not the architecture's.
+
+    `sizes`: bytes of the files that are not here yet; of weights, `files` then has the header.
+    """
     where = headers.place("config.json", files["config.json"])
     config = read_config(files["config.json"], where)
     architecture, module = describe(config, where)
-    check_tensors(architecture, files)
-    tokenizer = next((name for name in TOKENIZERS if name in files), None)
+    check_tensors(architecture, files, sizes)
+    tokenizer = next((name for name in TOKENIZERS if name in files or name in sizes), None)
     if tokenizer is None:
         folder = str(files["config.json"].parent)
         raise BuildError(folder, f"has no {' or '.join(TOKENIZERS)}", "add the model's tokenizer to its folder")
     return Survey(architecture, module.VERSION, module.TURBOMIND, config, tokenizer)
 
 
-def check_tensors(architecture: Architecture, files: Mapping[str, Path]) -> None:
+def check_tensors(architecture: Architecture, files: Mapping[str, Path], sizes: Mapping[str, int] = MappingProxyType({})) -> None:
     """Each tensor of the architecture is there, in its shape and a float type, and nothing else is."""
-    found = headers.describe(files)
+    found = headers.describe(files, sizes)
     expected = architecture.tensors()
     again = "check that config.json and the weights are of one model"
     for name, shape in expected.items():

@@ -16,13 +16,24 @@ from typing import Any, NoReturn
 
 from doit.exceptions import TaskFailed
 
-from buildsys import actions, disk
+from buildsys import actions, disk, pages
 from buildsys.driver import Session
 from buildsys.errors import BuildError
 from buildsys.invocation import Run, invocation, task_name
 from buildsys.reporter import Reporter
 
-__all__ = ["DOIT_CONFIG", "task_build", "task_check", "task_gc", "task_plan", "task_publish", "task_test", "task_why"]
+__all__ = [
+    "DOIT_CONFIG",
+    "task_build",
+    "task_check",
+    "task_gc",
+    "task_plan",
+    "task_publish",
+    "task_report",
+    "task_test",
+    "task_verify",
+    "task_why",
+]
 
 Task = dict[str, Any]
 PROCESS = os.getpid()
@@ -74,8 +85,11 @@ def _build_tasks() -> Iterator[Task]:
 
 
 def _publish_tasks() -> Iterator[Task]:
-    """recipe=NAME[,NAME]: build, then publish"""
+    """recipe=NAME[,NAME]: build, then publish; dry=1 says what would be sent, to=DIGEST goes back to an earlier release"""
     run = invocation()
+    if "publish" in run.line.words and run.line.looks:
+        yield _plain("publish", (_act, [_look_or_go_back]), doc=_publish_tasks.__doc__)
+        return
     if run.line.command != "run":
         yield _plain("publish", (_act, [_which, "publish"]), doc=_publish_tasks.__doc__)
         return
@@ -105,6 +119,16 @@ def _listed(task: str, doc: str) -> Iterator[Task]:
         )
     chosen = run.asked(task) if "recipe" in run.line.said else list(recipes)
     yield _plain(task, None, task_dep=[f"{task}:{name}" for name in chosen], doc=doc)
+
+
+def _report_tasks() -> Iterator[Task]:
+    """recipe=NAME[,NAME]: one HTML page for each, and an index where there are several"""
+    yield _plain("report", (_act, [_report]), doc=_report_tasks.__doc__)
+
+
+def _verify_tasks() -> Iterator[Task]:
+    """path=DIR or repo=ORG/NAME [key=PUBLIC.pem]: digests, signature, statement and weights of any model folder"""
+    yield _plain("verify", (_act, [_verify]), doc=_verify_tasks.__doc__)
 
 
 def _plan_tasks() -> Iterator[Task]:
@@ -160,6 +184,14 @@ def task_gc() -> Iterator[Task]:
     return _creator(_gc_tasks)()
 
 
+def task_report() -> Iterator[Task]:
+    return _creator(_report_tasks)()
+
+
+def task_verify() -> Iterator[Task]:
+    return _creator(_verify_tasks)()
+
+
 def task_test() -> Iterator[Task]:
     return _creator(_test_tasks)()
 
@@ -207,6 +239,19 @@ def _judge(run: Run, name: str) -> Iterable[str]:
 
 def _publish(run: Run, name: str) -> Iterable[str]:
     return run.session.publish(name)
+
+
+def _look_or_go_back(run: Run) -> Iterator[str]:
+    names = run.asked("publish")
+    yield from actions.publish_without_building(run.session, names, run.line.said.get("to"))
+
+
+def _report(run: Run) -> Iterable[str]:
+    return pages.report(run.session, run.asked("report"))
+
+
+def _verify(run: Run) -> Iterable[str]:
+    return actions.verify(run.session, run.line.said)
 
 
 def _which(run: Run, task: str) -> Iterable[str]:

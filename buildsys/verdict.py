@@ -6,7 +6,7 @@ A gate compares the end of the 95% interval that is against it. What a check dem
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from buildsys.errors import BuildError
 from buildsys.measurement import Limit, Measurement, Verdict
@@ -21,7 +21,7 @@ def judge(plan: Plan, store: Store) -> tuple[Verdict, ...]:
     """Every gate of the recipe, judged. Raises BuildError where a measurement that a gate asks for is not there."""
     found = {step: seen.artifact for step, seen in store.walk(plan.steps).items()}
     verdicts: list[Verdict] = []
-    worst = worst_layer(found[plan.quantized.planned_key], store)
+    worst = worst_layer(layer_errors(found[plan.quantized.planned_key], store))
     for check, step in plan.measures:
         artifact = found[step.planned_key]
         if artifact is None:
@@ -62,12 +62,17 @@ def _judged(check: str, measured: list[Measurement], knob: str, limit: Limit, bo
     return Verdict(check, "failed", "; ".join(part for part in (text, *reasons) if part), where)
 
 
-def worst_layer(quantized: Artifact | None, store: Store) -> str:
-    """The linear whose rounding changed its outputs most, and by how much."""
+def layer_errors(quantized: Artifact | None, store: Store) -> dict[str, float]:
+    """For each quantized linear the relative error of its outputs."""
     errors: dict[str, float] = {}
     for name in quantized.files if quantized is not None else ():
         if quantized is not None and name.endswith(".errors.json"):
             errors |= json.loads(store.path(quantized, name).read_text())
+    return errors
+
+
+def worst_layer(errors: Mapping[str, float]) -> str:
+    """The linear whose rounding changed its outputs most, and by how much."""
     if not errors:
         return ""
     name = max(errors, key=lambda layer: errors[layer])

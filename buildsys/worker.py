@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -51,7 +52,7 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(4 << 20),
     "MALLOC_ARENA_MAX": "2",
     "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
     "PYTHONUNBUFFERED": "1",  # a killed step's log ends where the step did
 }
 
@@ -68,6 +69,7 @@ class Job:
     inputs: Mapping[str, Mapping[str, str]]  # role -> name -> absolute path
     root: str  # of the store
     heavy: bool
+    computes: bool = False
     threads: int = 1
     batch: int = 1
     device: Device = "auto"
@@ -96,7 +98,7 @@ def perform(job: Job, progress: Progress, waiting: Callable[[str], None], steps:
         watched = _watched(inputs, store)
         machine = _machine(device)
         stage = _stage(store, job, {"machine": machine, "watched": watched})
-        began = time.monotonic()
+        began, at = time.monotonic(), _now()
         resources = Resources(threads=job.threads, batch=job.batch, device=device)
         request = Request(job.kind, job.knobs, job.hints, inputs, stage, resources, store.sha256)
         try:
@@ -110,9 +112,16 @@ def perform(job: Job, progress: Progress, waiting: Callable[[str], None], steps:
         if _watched(inputs, store) != watched:
             shutil.rmtree(stage)
             raise _changed(min(watched))
-        built = {**job.meta, "kind": job.kind, "title": job.title, "seconds": round(time.monotonic() - began, 3), **machine}
+        seconds = round(time.monotonic() - began, 3)
+        when = {"began": at, "ended": _now(), "seconds": seconds}
+        built = {**job.meta, "kind": job.kind, "title": job.title, **when, **_machine(device)}  # by now with all that the step imported
         store.commit(job.key, stage, {**facts, "built": built})
     return True
+
+
+def _now() -> str:
+    """UTC, as RFC 3339 and SLSA have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _stage(store: Store, job: Job, made_of: dict[str, Any]) -> Path:
@@ -148,10 +157,9 @@ def _changed(path: str) -> BuildError:
 
 
 def _machine(device: str) -> dict[str, Any]:
-    """Of what computes this output: versions, and the GPU. Recorded, and not in the key: see the design page."""
-    names = ("buildsys", "torch", "numpy", "safetensors", "tokenizers", "sentencepiece")
-    loaded = {name: str(getattr(sys.modules[name], "__version__", "?")) for name in names if name in sys.modules}
-    found: dict[str, Any] = {"device": device, "versions": {"python": platform.python_version(), **loaded}}
+    """Of what computes this output: versions, processor and GPU. Recorded, and not in the key: see the design page."""
+    loaded = {name: str(getattr(sys.modules[name], "__version__", "?")) for name in COMPUTES if name in sys.modules}
+    found: dict[str, Any] = {"device": device, "versions": {"python": platform.python_version(), **loaded}, "machine": _host()}
     if device == "cuda":
         import torch
 
@@ -159,9 +167,21 @@ def _machine(device: str) -> dict[str, Any]:
     return found
 
 
+@cache
+def _host() -> dict[str, str]:
+    """Kind of machine, never which one: an artifact carries this to whoever downloads it."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        said = Path("/proc/cpuinfo").read_text(errors="replace")
+        cpu = next((line.partition(":")[2].strip() for line in said.splitlines() if line.startswith("model name")), cpu)
+    except OSError:
+        pass  # not Linux
+    return {"os": f"{platform.system()} {platform.machine()}", "cpu": cpu}
+
+
 def _device(job: Job) -> Literal["cpu", "cuda"]:
-    """Where a heavy step computes; the others need no torch, and no GPU."""
-    if not job.heavy or job.device == "cpu":
+    """Where a step computes; those that do not need no torch, and no GPU."""
+    if not job.computes or job.device == "cpu":
         return "cpu"
     import torch
 

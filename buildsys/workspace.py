@@ -30,6 +30,7 @@ class Workspace:
     def __init__(self, root: Path) -> None:
         self.reader = Reader(root, CHOICES)
         self.root = self.reader.root
+        self._loaded: dict[str, Recipe] = {}
 
     # Names
 
@@ -108,6 +109,11 @@ class Workspace:
         return list({(error.where, error.what): error for error in found}.values())
 
     def _load(self, name: str, file: Path) -> Recipe:
+        if name not in self._loaded:
+            self._loaded[name] = self._read(name, file)
+        return self._loaded[name]
+
+    def _read(self, name: str, file: Path) -> Recipe:
         document = self.reader.compose(file)
         own = self.reader.read(file)
         if "matrix" in own.data:

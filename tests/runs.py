@@ -68,10 +68,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *([kept] if kept else [])])}
 
 
-def doit(workspace: Path, *arguments: str, before: Callable[[], None] | None = None) -> Ran:
-    """`doit ARGUMENTS` in `workspace`; `before` runs in the child before doit does."""
+def doit(workspace: Path, *arguments: str, before: Callable[[], None] | None = None, **more: str) -> Ran:
+    """`doit ARGUMENTS` in `workspace`; `before` runs in the child before doit does, `more` is added to its environment."""
     ended = subprocess.run(
-        command(*arguments), cwd=workspace, env=environment(), capture_output=True, text=True, timeout=240, preexec_fn=before
+        command(*arguments), cwd=workspace, env=environment() | more, capture_output=True, text=True, timeout=240, preexec_fn=before
     )
     return Ran(ended.returncode, ended.stdout, ended.stderr)
 
@@ -85,9 +85,10 @@ def empty(folder: Path) -> Path:
 
 
 def demo(folder: Path) -> Path:
-    """A workspace with the recipes that are shipped."""
+    """A workspace with the recipe that is shipped with its model; the others need a hub."""
     empty(folder)
-    shutil.copytree(ROOT / "recipes", folder / "recipes", dirs_exist_ok=True)
+    for name in ("demo", "bases"):
+        shutil.copytree(ROOT / "recipes" / name, folder / "recipes" / name)
     return folder
 
 
@@ -122,9 +123,9 @@ def planned(workspace: Path, recipe: str) -> Plan:
 
 
 def manifests(workspace: Path) -> dict[str, dict[str, Any]]:
-    """Everything in the store that counts as built, by key."""
+    """Every finished step of the store, by key; a release is none: it tells when and where the steps ran."""
     found = {path: json.loads(path.read_text()) for path in (workspace / "artifacts" / ".store" / "manifests").glob("*.json")}
-    return {path.stem: manifest for path, manifest in found.items()}
+    return {path.stem: manifest for path, manifest in found.items() if "release" not in manifest["meta"]}
 
 
 def outputs(workspace: Path) -> dict[str, dict[str, str]]:

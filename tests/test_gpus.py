@@ -32,8 +32,28 @@ def test_close_names(written: str, meant: str) -> None:
     assert meant in gpus.close(written)
 
 
+@pytest.mark.parametrize(
+    ("printed", "meant"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-80gb"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("Tesla V100-SXM2-32GB", "v100-32gb"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA A10G", "a10"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA H200", "h200"),
+    ],
+)
+def test_what_nvidia_smi_prints(printed: str, meant: str) -> None:
+    assert gpus.close(printed) == (meant,)
+
+
 def test_nothing_is_close_to_nonsense() -> None:
-    assert gpus.close("") == () and gpus.close("zzzzzz") == ()
+    assert gpus.close("") == () and gpus.close("zzzzzz") == () and gpus.close("NVIDIA") == ()
 
 
 @pytest.mark.parametrize(

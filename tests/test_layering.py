@@ -20,16 +20,19 @@ PACKAGE = ROOT / "buildsys"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "console", "gpus", "measurement", "scheme", "slots", "step"),
-    ("architecture", "digests", "disk", "document", "deploy"),
+    ("architecture", "digests", "disk", "document", "deploy", "located"),
     ("store", "overlay", "footprint"),
     ("io", "complaints"),
+    ("hubs",),
     ("quant",),
     SLOTS,
     ("recipe", "survey"),
     ("workspace", "plan"),
     ("recipe_schema", "history", "outlook", "verdict", "steps", "worker"),
+    ("release",),
+    ("report",),
     ("driver",),
-    ("actions", "invocation"),
+    ("actions", "pages", "invocation"),
     ("reporter",),
     ("tasks", "cli"),
     ("commands", "__main__"),
@@ -154,13 +157,13 @@ def test_files_say_what_they_are_for() -> None:
 # What a slot's module offers
 
 PROMISED: dict[str, tuple[str, ...]] = {
-    "sources": ("locate",),
-    "datasets": ("READS",),
+    "sources": ("locate", "floats"),
+    "datasets": ("READS", "PLACES", "floats"),
     "methods": ("KIND",),
     "formats": ("FLOATS", "accepts", "fits", "layout", "pack", "unpack", "config"),
     "archs": ("HANDLES", "TURBOMIND", "EXPECTS", "describe"),
     "checks": ("READS", "LIMITS", "FIXED", "OPTIONAL", "ALWAYS", "measure"),
-    "publishers": ("destination", "plan", "publish", "verify"),
+    "publishers": ("destination", "plan", "publish", "verify", "rollback"),
 }
 CHOICES = [pytest.param(slot, module, id=f"{slot}.{choice}") for slot in SLOTS for choice, module in modules(slot).items()]
 
@@ -175,7 +178,7 @@ def test_slot_modules_offer_what_the_slot_promises(slot: str, module: ModuleType
     entries = [promised for promised in PROMISED[slot] if promised.islower()]
     assert all(callable(getattr(module, entry)) for entry in entries)
     if slot == "datasets":
-        assert module.READS in ("model", "text")
+        assert module.READS in ("model", "text", "chat")
         assert callable(module.generate if module.READS == "model" else module.texts) and (
             module.READS == "model" or callable(module.locate)
         )

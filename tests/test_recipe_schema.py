@@ -48,6 +48,7 @@ def valid(value: Any, rule: Any, root: dict[str, Any]) -> bool:
         "items": lambda it: not isinstance(value, list) or all(valid(inner, it, root) for inner in value),
         "minItems": lambda it: not isinstance(value, list) or len(value) >= it,
         "minLength": lambda it: not isinstance(value, str) or len(value) >= it,
+        "maxLength": lambda it: not isinstance(value, str) or len(value) <= it,
         "pattern": lambda it: not isinstance(value, str) or re.search(it, value) is not None,
         "minimum": lambda it: number is None or number >= it,
         "maximum": lambda it: number is None or number <= it,

@@ -155,3 +155,13 @@ def test_damaged_weights_are_refused_from_the_header(llama: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-1])
     error = refused(llama)
     assert "truncated" in error.what and str(weights.stat().st_size) in error.what
+
+
+def test_a_header_and_its_files_size_are_enough(llama: Path) -> None:
+    known = survey(models.files(llama))
+    weights, tokenizer = llama / "model.safetensors", llama / "tokenizer.json"
+    sizes = {path.name: path.stat().st_size for path in (weights, tokenizer)}
+    header_bytes = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+    weights.write_bytes(weights.read_bytes()[:header_bytes])
+    tokenizer.unlink()
+    assert survey(models.files(llama), sizes) == known

@@ -17,7 +17,7 @@ from buildsys.measurement import Limit, Measurement, Verdict
 from buildsys.plan import Plan
 from buildsys.slots import modules
 from buildsys.store import Store
-from buildsys.verdict import MEASUREMENTS, judge, load_measurements, worst_layer
+from buildsys.verdict import MEASUREMENTS, judge, layer_errors, load_measurements, worst_layer
 
 NAN = float("nan")
 
@@ -156,8 +156,8 @@ def test_worst_layer_reads_every_block(tmp_path: Path) -> None:
     for layer, error in enumerate((0.1, 0.4, 0.2)):
         (stage / f"block-0000{layer}.errors.json").write_text(json.dumps({f"layers.{layer}.q": error, f"layers.{layer}.k": 0.01}))
     artifact = store.commit("a" * 64, stage, {})
-    assert worst_layer(artifact, store) == "layers.1.q, relative output error 0.4"
-    assert worst_layer(None, store) == ""
+    assert worst_layer(layer_errors(artifact, store)) == "layers.1.q, relative output error 0.4"
+    assert worst_layer(layer_errors(None, store)) == ""
 
 
 def test_measurements_survive_their_file(tmp_path: Path) -> None:

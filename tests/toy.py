@@ -111,6 +111,7 @@ def plan(recipe: Any, store: Any, threads: int = 2) -> Any:
         recipe=recipe,
         artifact=artifact,
         measures=measures,
+        generated=None,
         building=footprint.Building({}, {}, 0, 0),
         serving=None,
         notes=("toys",),
@@ -127,14 +128,25 @@ def judge(made: Any, store: Any) -> tuple[Verdict, ...]:
     return tuple(verdicts)
 
 
+def gather(made: Any, store: Any, verdicts: tuple[Verdict, ...]) -> Any:
+    """What sealing needs to know of a toy: its files, and its name."""
+    artifact = store.walk(made.artifact.walk())[made.artifact.planned_key].artifact
+    return SimpleNamespace(plan=made, name=made.name, artifact=artifact, verdicts=verdicts)
+
+
 def install() -> None:
     """Makes buildsys build toys in this process and its children."""
     import buildsys.plan
+    import buildsys.release.facts
+    import buildsys.release.seal
     import buildsys.verdict
     from buildsys import cli, driver, invocation
 
     buildsys.plan.plan = plan  # type: ignore[assignment]
     buildsys.verdict.judge = judge
+    buildsys.release.facts.gather = gather
+    buildsys.release.seal.card = lambda facts: f"# {facts.name}\n"
+    buildsys.release.seal.documents = lambda facts, files, sizes: {"provenance/statement.json": json.dumps(files, sort_keys=True).encode()}
     for module in (invocation, cli):
         module.Workspace = Workspace  # type: ignore[attr-defined]
         module.Session = partial(driver.Session, steps="toy")  # type: ignore[attr-defined]

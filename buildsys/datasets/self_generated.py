@@ -16,10 +16,16 @@ if TYPE_CHECKING:
 
 VERSION = 1
 READS = "model"
+PLACES = ()
 
 
 class Knobs(Frozen):
     temperature: float = Field(1.0, gt=0, le=10, description="of sampling; 1.0 writes in the model's own distribution")
+
+
+def floats(knobs: Knobs) -> str:
+    """Nothing: the model writes the same text again."""
+    return ""
 
 
 def generate(knobs: Knobs, model: Any, samples: int, seqlen: int, seed: int, resources: Any, progress: Any) -> Tensor:

@@ -6,51 +6,80 @@ No special tokens are added: a window begins in the middle of a text, as LMDeplo
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from buildsys.errors import BuildError
+from buildsys.io import added_tokens
 
 RUN = 32  # tokens; two texts that share a run this long share text
 DULL = 8  # fewer different tokens in a run say nothing: blank lines, rules, dots
 SHARE = 0.25  # of a window's tokens that stand in runs found elsewhere, from which on the window is not new
 
 Encode = Callable[[str], list[int]]
+Decode = Callable[[Sequence[int]], str]
 
 _AGAIN = "take the file from the model's publisher again"
 
 
 def tokenizer(files: Mapping[str, Path], where: str) -> Encode:
-    """The model's own tokenizer, from tokenizer.json (tokenizers) or tokenizer.model (sentencepiece); no code of the model's runs."""
+    """The model's own tokenizer, from tokenizer.json (tokenizers) or tokenizer.model (sentencepiece); no code of the model's runs.
+
+    No special token is added. Those that stand in the text, as a chat template writes them, become their ids.
+    """
     if "tokenizer.json" in files:
-        import tokenizers
-
-        try:
-            fast = tokenizers.Tokenizer.from_str(files["tokenizer.json"].read_text(encoding="utf-8"))
-        except Exception as error:  # noqa: BLE001  tokenizers raises nothing narrower
-            raise BuildError(f"{where}/tokenizer.json", f"cannot be read: {error}", _AGAIN) from None
-        fast.no_truncation()
-        fast.no_padding()
+        fast = _fast(files, where)
         return lambda text: list(fast.encode(text, add_special_tokens=False).ids)
-    if "tokenizer.model" in files:
-        import sentencepiece
-
-        try:
-            pieces = sentencepiece.SentencePieceProcessor(model_file=str(files["tokenizer.model"]))
-        except (RuntimeError, OSError) as error:
-            raise BuildError(f"{where}/tokenizer.model", f"cannot be read: {error}", _AGAIN) from None
-        return lambda text: list(pieces.encode(text))
-    raise BuildError(where, "has neither tokenizer.json nor tokenizer.model", "add the model's tokenizer to its folder")
+    pieces = _pieces(files, where)
+    return added_tokens.splitting(lambda text: list(pieces.encode(text)), added_tokens.of(files, pieces, where))
 
 
-def windows(texts: Iterable[str], encode: Encode, samples: int, seqlen: int, seed: int, where: str) -> Tensor:  # -> int32 [samples, seqlen]
-    """`samples` of the texts' consecutive windows of `seqlen` tokens, drawn without replacement. Raises where there are too few."""
+def decoder(files: Mapping[str, Path], where: str) -> Decode:
+    """Token ids back to text, without special tokens: the inverse of `tokenizer` for what a model writes."""
+    if "tokenizer.json" in files:
+        fast = _fast(files, where)
+        return lambda ids: str(fast.decode(list(ids), skip_special_tokens=True))
+    pieces = _pieces(files, where)
+    return added_tokens.joining(lambda ids: str(pieces.decode(list(ids))), added_tokens.of(files, pieces, where), pieces.get_piece_size())
+
+
+def _fast(files: Mapping[str, Path], where: str) -> Any:
+    import tokenizers
+
+    try:
+        fast = tokenizers.Tokenizer.from_str(files["tokenizer.json"].read_text(encoding="utf-8"))
+    except Exception as error:  # noqa: BLE001  tokenizers raises nothing narrower
+        raise BuildError(f"{where}/tokenizer.json", f"cannot be read: {error}", _AGAIN) from None
+    fast.no_truncation()
+    fast.no_padding()
+    return fast
+
+
+def _pieces(files: Mapping[str, Path], where: str) -> Any:
+    if "tokenizer.model" not in files:
+        raise BuildError(where, "has neither tokenizer.json nor tokenizer.model", "add the model's tokenizer to its folder")
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(files["tokenizer.model"]))
+    except (RuntimeError, OSError) as error:
+        raise BuildError(f"{where}/tokenizer.model", f"cannot be read: {error}", _AGAIN) from None
+
+
+def windows(
+    texts: Iterable[str], encode: Encode, samples: int, seqlen: int, seed: int, where: str, end: str = "\n"
+) -> Tensor:  # -> int32 [samples, seqlen]
+    """`samples` of the texts' consecutive windows of `seqlen` tokens, drawn without replacement. Raises where there are too few.
+
+    Every text ends with `end`: a line of prose, and a conversation ("") as its chat template ends it.
+    """
     ids = array("i")  # four bytes a token, where a list of int takes 36
     for text in texts:
-        ids.extend(encode(text if text.endswith("\n") else text + "\n"))
+        ids.extend(encode(text if text.endswith(end) else text + end))
     whole = len(ids) // seqlen
     if whole < samples:
         what = f"the text has {len(ids)} tokens, {whole} windows of {seqlen}; {samples} are needed"

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from buildsys.errors import BuildError
@@ -79,11 +80,15 @@ def encode(layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[
     return len(text).to_bytes(8, "little") + text, Header(tensors, dict(metadata))
 
 
-def read(path: Path, where: str = "") -> Header:
-    """The checked header of one file; `where` names the file in errors when its path says little (a blob of the store)."""
+def read(path: Path, where: str = "", whole_bytes: int | None = None) -> Header:
+    """The checked header of one file; `where` names the file in errors when its path says little (a blob of the store).
+
+    `whole_bytes`: the size of the file of which `path` holds the header alone, the rest being elsewhere.
+    """
     where = where or str(path)
     with path.open("rb") as file:
-        file_bytes = file.seek(0, 2)
+        here_bytes = file.seek(0, 2)
+        file_bytes = here_bytes if whole_bytes is None else whole_bytes
         file.seek(0)
         prefix = file.read(8)
         if prefix == _LFS[:8] and (prefix + file.read(len(_LFS) - 8)) == _LFS:
@@ -97,6 +102,8 @@ def read(path: Path, where: str = "") -> Header:
         if 8 + header_bytes > file_bytes:
             raise BuildError(where, f"is truncated: {file_bytes} bytes, its header alone ends at byte {8 + header_bytes}", _AGAIN)
         text = file.read(header_bytes)
+        if len(text) < header_bytes:
+            raise BuildError(where, f"is truncated: {here_bytes} bytes of its header are here, it has {8 + header_bytes}", _AGAIN)
     header = _parse(text, 8 + header_bytes, where)
     _check_spans(header, 8 + header_bytes, file_bytes, where)
     return header
@@ -173,16 +180,19 @@ def place(name: str, path: Path) -> str:
     return str(path) if path.name == name else f"{name} ({path})"
 
 
-def describe(files: Mapping[str, Path]) -> dict[str, tuple[str, Entry]]:
-    """Every tensor of a model, by name, with the file that holds it: of model.safetensors, or of the shards of its index."""
+def describe(files: Mapping[str, Path], sizes: Mapping[str, int] = MappingProxyType({})) -> dict[str, tuple[str, Entry]]:
+    """Every tensor of a model, by name, with the file that holds it: of model.safetensors, or of the shards of its index.
+
+    `sizes`: bytes of the files of which only the header is here.
+    """
     if SINGLE in files and INDEX in files:
         where = place(INDEX, files[INDEX])
         raise BuildError(where, f"lies beside a {SINGLE}: two sets of weights", f"remove {SINGLE}, or the index with its shards")
     if SINGLE in files:
-        header = read(files[SINGLE], place(SINGLE, files[SINGLE]))
+        header = read(files[SINGLE], place(SINGLE, files[SINGLE]), sizes.get(SINGLE))
         return {name: (SINGLE, entry) for name, entry in header.tensors.items()}
     if INDEX in files:
-        return _sharded(files)
+        return _sharded(files, sizes)
     where = str(next(iter(files.values())).parent) if files else "model"
     pickles = sorted(name for name in files if name.endswith(_PICKLES))
     if pickles:
@@ -191,7 +201,7 @@ def describe(files: Mapping[str, Path]) -> dict[str, tuple[str, Entry]]:
     raise BuildError(where, f"has neither {SINGLE} nor {INDEX}", "give the folder of a model that is stored as safetensors")
 
 
-def _sharded(files: Mapping[str, Path]) -> dict[str, tuple[str, Entry]]:
+def _sharded(files: Mapping[str, Path], sizes: Mapping[str, int]) -> dict[str, tuple[str, Entry]]:
     where = place(INDEX, files[INDEX])
     mapped = _json(files[INDEX].read_bytes(), where, "the index").get("weight_map")
     if not isinstance(mapped, dict) or not all(isinstance(shard, str) for shard in mapped.values()):
@@ -202,7 +212,7 @@ def _sharded(files: Mapping[str, Path]) -> dict[str, tuple[str, Entry]]:
         raise BuildError(where, f"names {len(shards)} shards, of which {len(absent)} are not there: {', '.join(absent[:3])}", _AGAIN)
     found: dict[str, tuple[str, Entry]] = {}
     for shard in shards:
-        for name, entry in read(files[shard], place(shard, files[shard])).tensors.items():
+        for name, entry in read(files[shard], place(shard, files[shard]), sizes.get(shard)).tensors.items():
             if name in found:
                 raise BuildError(where, f"tensor {name} is in two shards, {found[name][0]} and {shard}", "remove one of the two")
             found[name] = (shard, entry)

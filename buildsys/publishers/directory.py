@@ -3,7 +3,7 @@
 `<path>` is a symbolic link into `.<name>.published/`, a hidden sibling that holds the version it points at. Replacing a link by rename is
 atomic on every POSIX file system, NFS and overlays included. Exchanging two real folders (renameat2, RENAME_EXCHANGE) is not: it is
 refused on NFS and on several overlays, and a rename over a folder that is not empty always is. A link also says whose it is: only what
-points into `.<name>.published/` is ever replaced, and only what lies in there is ever deleted.
+points into `.<name>.published/` is ever replaced, and only what lies in there is ever deleted. Earlier versions stay in there for rollback.
 """
 
 from __future__ import annotations
@@ -11,33 +11,32 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
 
 from pydantic import Field
 
+from buildsys import disk
+from buildsys.digests import sha256
 from buildsys.errors import BuildError
-from buildsys.publishers import Receipt
+from buildsys.publishers import TAG, Progress, Receipt, Release
 from buildsys.slots import Frozen
 from buildsys.step import digest
 
 VERSION = 1
-Progress = Callable[[str, int, int], None]
 
 _PIECE_BYTES = 4 << 20
 _INCOMING = "incoming"
+_LOCK = "lock"
 _FIX = "remove it, or name another publish.directory.path"
 
 
 class Knobs(Frozen):
-    """`path`: the folder, relative to the recipe's; `outside`: it may leave the repository."""
-
-    path: Annotated[str, Field(min_length=1)]
-    outside: bool = False
+    path: str = Field(min_length=1, description="the folder, relative to this file's folder")
+    outside: bool = Field(default=False, description="let the path leave the workspace")
+    keep: int = Field(default=1, ge=0, description="how many earlier versions stay beside the present one, to roll back to")
 
 
 def destination(knobs: Knobs, folder: Path) -> Path:
@@ -45,45 +44,62 @@ def destination(knobs: Knobs, folder: Path) -> Path:
     return Path(os.path.normpath(folder / knobs.path))
 
 
-def plan(knobs: Knobs, files: Mapping[str, str], destination: Path) -> tuple[str, ...]:  # files: {name: sha256}
+def plan(knobs: Knobs, release: Release, to: Path) -> tuple[str, ...]:
     """What `publish` would do, in lines for people. Writes nothing, reads no file's content; refuses what publish would refuse."""
-    version = _published(destination)
+    version = _published(to)
     if version is None:
-        return (f"publish {len(files)} files to {destination}",)
-    if version.name.startswith(digest(dict(files))):
-        return (f"{destination} already holds {len(files)} equal files; read them back, copy nothing",)
-    held = {name for name, _ in _walk(version)}
-    gone = sorted(held - files.keys())
-    lines = [f"replace {destination}: {len(held)} files by {len(files)}"]
-    return (*lines, *(f"drop {name}" for name in gone))
+        return (f"publish {len(release.files)} files to {to}",)
+    if _digest(version) == release.digest:
+        return (f"{to} already holds {len(release.files)} equal files; read them back, copy nothing",)
+    held = _names(version)
+    lines = [f"replace {to}: {len(held)} files by {len(release.files)}"]
+    return (*lines, *(f"drop {name}" for name in held if name not in release.files))
 
 
-def publish(knobs: Knobs, tree: Path, destination: Path, progress: Progress) -> Receipt:
-    """Copies `tree`, compares every copy's sha256 with the original's, then moves the link. A killed run leaves only files under
+def publish(knobs: Knobs, release: Release, to: Path, progress: Progress) -> Receipt:
+    """Copies the release, compares every copy's sha256 with the release's, then moves the link. A killed run leaves only files under
     `.<name>.published/incoming`, which the next one removes; a full disk leaves the old version as it was."""
-    store = _store(destination)
-    _published(destination)
-    with _telling_of_full_disks(destination):
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(store, destination):
-            files = _hashes(tree, "hash", progress)
-            whole = digest(files)
-            version = _published(destination)  # asked again, now alone: another publish may just have ended
-            if version is None or not version.name.startswith(whole) or _differences(version, files, progress):
-                version = _bring(tree, files, store, whole, progress)
-                _point(destination, version, store)
-            _sweep(store, version)
-    return Receipt(destination.absolute().as_uri(), whole)
+    _published(to)
+    with _telling_of_disks(to):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(to) as store:
+            current = _published(to)  # asked again, now alone: another publish may just have ended
+            equal = (version for version in _versions(store) if _digest(version) == release.digest)
+            whole = next((version for version in equal if not _differences(version, release.files, progress)), None)
+            version = whole or _bring(release, store, progress)
+            if version != current:
+                _point(to, version, store)
+            _sweep(store, version, knobs.keep)
+    return Receipt(to.absolute().as_uri(), release.digest)
 
 
-def verify(knobs: Knobs, files: Mapping[str, str], destination: Path, progress: Progress) -> Receipt:
-    """Reads the published files back. Raises BuildError where one is missing, different or not of this publication."""
-    version = _published(destination)
-    found = [f"{destination} is absent"] if version is None else _differences(version, files, progress)
+def verify(knobs: Knobs, release: Release, to: Path, progress: Progress) -> Receipt:
+    """Reads the published files back. Raises BuildError where one is missing, different or not of this release."""
+    version = _published(to)
+    found = [f"{to} is absent"] if version is None else _differences(version, release.files, progress)
     if found:
         more = f" … and {len(found) - 3} more" if len(found) > 3 else ""
-        raise BuildError(str(destination), "; ".join(found[:3]) + more, "publish again")
-    return Receipt(destination.absolute().as_uri(), digest(dict(files)))
+        raise BuildError(str(to), "; ".join(found[:3]) + more, "publish again")
+    return Receipt(to.absolute().as_uri(), release.digest)
+
+
+def rollback(knobs: Knobs, wanted: str, to: Path, progress: Progress) -> Receipt:
+    """Moves the link to an earlier version that is still there and still whole. The one that was current becomes an earlier one."""
+    if _published(to) is None:
+        raise BuildError(str(to), "nothing has been published there", "publish first")
+    with _telling_of_disks(to), _alone(to) as store:
+        there = _versions(store)
+        found = [version for version in there if _digest(version).startswith(wanted.removeprefix(TAG))]
+        if len({_digest(version) for version in found}) != 1:
+            held = ", ".join(dict.fromkeys(_digest(version)[:16] for version in there))
+            what = f"{'no release' if not found else 'more than one release'} there begins with {wanted}; there are {held}"
+            raise BuildError(str(to), what, "name one of these; publish.directory.keep says how many earlier ones stay")
+        version, whole = found[0], _digest(found[0])
+        if (now := digest(_hashes(version, progress))) != whole:
+            raise BuildError(str(version), f"is damaged: its files' digest is {now[:16]}, not {whole[:16]}", "build and publish it again")
+        if version != _published(to):
+            _point(to, version, store)
+    return Receipt(to.absolute().as_uri(), whole)
 
 
 def _store(destination: Path) -> Path:
@@ -104,51 +120,56 @@ def _published(destination: Path) -> Path | None:
 
 
 @contextlib.contextmanager
-def _telling_of_full_disks(destination: Path) -> Iterator[None]:
+def _telling_of_disks(to: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in disk.FULL:
+            what = f"the disk is full ({error.strerror}); what was published before is untouched"
+            raise BuildError(str(to), what, "free space there, then publish again") from error
+        known = disk.explained(error, to)
+        if known is None:
             raise
-        what = f"the disk is full ({error.strerror}); what was published before is untouched"
-        raise BuildError(str(destination), what, "free space there, then publish again") from error
+        raise known from error
 
 
 @contextlib.contextmanager
-def _alone(store: Path, destination: Path) -> Iterator[None]:
-    """One publish to a destination at a time; the kernel lets go of a killed one's lock. Leaves no unfinished copy behind."""
+def _alone(to: Path) -> Iterator[Path]:
+    """The store of a destination, for one publish at a time; the kernel lets go of a killed one's lock. No unfinished copy stays behind."""
+    store = _store(to)
     store.mkdir(exist_ok=True)
-    with (store / "lock").open("w") as lock:
+    with (store / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BuildError(str(destination), "another publish to it is running", "wait for it to end, then publish again") from error
+        except BlockingIOError:
+            raise BuildError(str(to), "another publish to it is running", "wait for that one to end") from None
         _remove(store / _INCOMING)
         try:
-            yield
+            yield store
         finally:
             _remove(store / _INCOMING)
 
 
-def _bring(tree: Path, files: Mapping[str, str], store: Path, whole: str, progress: Progress) -> Path:
+def _bring(release: Release, store: Path, progress: Progress) -> Path:
     """A new version in `store`, on disk and read back. Its name is the digest; a second one of a damaged version's digest gets a number."""
     incoming = store / _INCOMING
-    need_bytes, free_bytes = sum(size for _, size in _walk(tree)), shutil.disk_usage(store).free
+    need_bytes, free_bytes = sum(release.sizes.values()), shutil.disk_usage(store).free
     if need_bytes > free_bytes:
         raise OSError(errno.ENOSPC, f"{need_bytes:,} bytes are needed, {free_bytes:,} are free")
     incoming.mkdir()
-    for done, name in enumerate(files):
-        _copy(tree / name, incoming / name)
-        progress("copy", done + 1, len(files))
+    for done, name in enumerate(release.files, 1):
+        _copy(release.tree / name, incoming / name)
+        progress("copy", done, len(release.files))
     for folder, _, _ in os.walk(incoming, topdown=False):
-        _sync(Path(folder))
-    wrong = _differences(incoming, files, progress)
+        disk.sync_folder(Path(folder))
+    wrong = _differences(incoming, release.files, progress)
     if wrong:
-        raise BuildError(str(store), f"the copy reads back otherwise: {wrong[0]}", "check that disk, then publish again")
-    names = (whole if number == 0 else f"{whole}-{number}" for number in range(1 << 30))
+        fix = f"check that disk, and the one of {release.tree}; then publish again"
+        raise BuildError(str(store), f"the copy reads back otherwise: {wrong[0]}", fix)
+    names = (release.digest if number == 0 else f"{release.digest}-{number}" for number in range(1 << 30))
     version = next(store / name for name in names if not (store / name).exists())
     incoming.rename(version)
-    _sync(store)
+    disk.sync_folder(store)
     return version
 
 
@@ -163,19 +184,33 @@ def _copy(source: Path, target: Path) -> None:
             os.posix_fadvise(writer.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _point(destination: Path, version: Path, store: Path) -> None:
+def _point(to: Path, version: Path, store: Path) -> None:
     """Moves the link in one step: a reader sees the old version or the new one."""
+    os.utime(version)  # the order in which versions were current
     link = store / f"{_INCOMING}.link"
     link.unlink(missing_ok=True)
     link.symlink_to(Path(store.name) / version.name)
-    link.replace(destination)
-    _sync(destination.parent)
+    link.replace(to)
+    disk.sync_folder(to.parent)
 
 
-def _sweep(store: Path, keep: Path) -> None:
-    """Older versions go, and what a killed publish left. A server that has their files open keeps reading them."""
+def _versions(store: Path) -> list[Path]:
+    """Those that were current, the latest first."""
+    found = [path for path in store.iterdir() if path.name != _LOCK and not path.name.startswith(_INCOMING)]
+    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def _digest(version: Path) -> str:
+    return version.name.partition("-")[0]
+
+
+def _sweep(store: Path, current: Path, keep: int) -> None:
+    """Versions before the last `keep` go, a damaged one of the same release, and what a killed publish left. A server that has their files
+    open keeps reading them."""
+    earlier = [version for version in _versions(store) if _digest(version) != _digest(current)]
+    stay = {_LOCK, current.name, *(version.name for version in earlier[:keep])}
     for found in store.iterdir():
-        if found.name not in (keep.name, "lock"):
+        if found.name not in stay:
             _remove(found)
 
 
@@ -186,33 +221,25 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _names(tree: Path) -> list[str]:
+    """Every file below `tree`, with slashes, sorted."""
+    return sorted((Path(folder) / name).relative_to(tree).as_posix() for folder, _, names in os.walk(tree) for name in names)
 
 
-def _walk(tree: Path) -> list[tuple[str, int]]:
-    """Every file below `tree` as (name with slashes, bytes), sorted by name."""
-    found = [Path(folder) / name for folder, _, names in os.walk(tree) for name in names]
-    return sorted((path.relative_to(tree).as_posix(), path.stat().st_size) for path in found)
-
-
-def _hashes(tree: Path, what: str, progress: Progress) -> dict[str, str]:
-    names = [name for name, _ in _walk(tree)]
+def _hashes(tree: Path, progress: Progress) -> dict[str, str]:
+    names = _names(tree)
     hashes = {}
-    for done, name in enumerate(names):
-        with (tree / name).open("rb") as file:
-            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        progress(what, done + 1, len(names))
+    for done, name in enumerate(names, 1):
+        hashes[name] = sha256(tree / name)
+        progress("read back", done, len(names))
     return hashes
 
 
 def _differences(tree: Path, files: Mapping[str, str], progress: Progress) -> list[str]:
     """What is not as `files` says, in words; a version that has gone lacks all of them."""
-    found = _hashes(tree, "read back", progress)
+    found = _hashes(tree, progress)
     missing = [f"{name} is missing" for name in files if name not in found]
-    changed = [f"{name} has sha256 {found[name][:12]}, not {sha[:12]}" for name, sha in files.items() if found.get(name, sha) != sha]
+    changed = [
+        f"{name} has sha256 {found[name][:12]}, not {wanted[:12]}" for name, wanted in files.items() if found.get(name, wanted) != wanted
+    ]
     return [*missing, *changed, *(f"{name} was not published" for name in found if name not in files)]

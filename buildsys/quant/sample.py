@@ -5,7 +5,7 @@ Rows are sampled in micro-batches of fixed size, each from a generator of its ow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from buildsys.architecture import Architecture
 from buildsys.quant.block import Block
-from buildsys.quant.model import Head, Model
+from buildsys.quant.model import Model
 from buildsys.quant.observe import Progress
 from buildsys.quant.parallel import ordered, within
 from buildsys.quant.rotary import tables
@@ -24,24 +24,65 @@ MICRO_BATCH = 16  # rows; part of what is sampled, so changing it bumps VERSION
 
 def sample(model: Model, samples: int, seqlen: int, seed: int, temperature: float, resources: Resources, progress: Progress) -> Tensor:
     """int32 tokens [samples, seqlen] in the model's own distribution. The whole model is in memory: every token needs every block."""
-    blocks = [model.block(layer) for layer in range(model.architecture.layers)]
-    table, head = model.checkpoint.load(model.architecture.embed, torch.float32, resources.device), model.head()
     batches = -(-samples // MICRO_BATCH)
     done: list[Tensor] = []
-    step = Sampler(blocks, table, head, seqlen, temperature, resources.device)
+    step = Sampler(model, seqlen, temperature, resources.device)
     for rows in ordered(lambda batch: step.batch(seed, batch), range(batches), within(resources, step.cache_bytes)):
         done.append(rows)
         progress("sample", len(done), batches)
     return torch.cat(done)[:samples]
 
 
-class Sampler:
-    """Samples micro-batches; what it holds is read only, so that threads share it."""
+def greedy(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    new: int,
+    ends: frozenset[int],
+    resources: Resources,
+    progress: Callable[[int, int], None],
+) -> list[list[int]]:
+    """The likeliest next token, up to `new` times after each prompt and not beyond one of `ends`: the answers, without the prompts.
 
-    def __init__(self, blocks: Sequence[Block], table: Tensor, head: Head, seqlen: int, temperature: float, device: str) -> None:
-        self.blocks, self.table, self.head = blocks, table, head
+    All prompts run side by side, a position at a time: a row still reads its prompt where another one writes already.
+    """
+    filled = [list(prompt) or [_first(model.architecture)] for prompt in prompts]
+    lengths = [len(prompt) for prompt in filled]
+    longest = max(lengths) + new
+    step = Sampler(model, longest, 1.0, resources.device)
+    cache = step.cache(len(filled))
+    for at in range(longest - 1):
+        logits = step.logits(torch.tensor([row[at] for row in filled], device=step.device), cache, at)
+        drawn = logits.argmax(-1).tolist()
+        for row, token in zip(filled, drawn, strict=True):
+            if len(row) == at + 1:
+                row.append(token)
+        progress(at + 1, longest - 1)
+        if all(_ended(row, length, new, ends) for row, length in zip(filled, lengths, strict=True)):
+            break
+    return [_cut(row[length : length + new], ends) for row, length in zip(filled, lengths, strict=True)]
+
+
+def _first(a: Architecture) -> int:
+    return 0 if a.bos_token_id is None else a.bos_token_id
+
+
+def _ended(row: list[int], length: int, new: int, ends: frozenset[int]) -> bool:
+    return len(row) >= length + new or not ends.isdisjoint(row[length:])
+
+
+def _cut(answer: list[int], ends: frozenset[int]) -> list[int]:
+    """Without the end-of-text token and what follows it."""
+    return answer[: next((at for at, token in enumerate(answer) if token in ends), len(answer))]
+
+
+class Sampler:
+    """Samples micro-batches; what it holds, the whole model, is read only, so that threads share it."""
+
+    def __init__(self, model: Model, seqlen: int, temperature: float, device: str) -> None:
         self.seqlen, self.temperature, self.device = seqlen, temperature, device
-        self.architecture: Architecture = blocks[0].architecture
+        self.architecture = model.architecture
+        self.blocks = [model.block(layer) for layer in range(self.architecture.layers)]
+        self.table, self.head = model.checkpoint.load(self.architecture.embed, torch.float32, device), model.head()
         self.cos, self.sin = tables(self.architecture, seqlen, device)
 
     @property
@@ -50,24 +91,29 @@ class Sampler:
         a = self.architecture
         return len(self.blocks) * 2 * MICRO_BATCH * a.kv_heads * self.seqlen * a.head_dim * 4
 
+    def cache(self, rows: int) -> Tensor:
+        """Keys and values of no token yet."""
+        a = self.architecture
+        return torch.zeros((len(self.blocks), 2, rows, a.kv_heads, self.seqlen, a.head_dim), device=self.device)
+
     def batch(self, seed: int, batch: int) -> Tensor:  # -> int32 [MICRO_BATCH, seqlen]
         """One micro-batch. After an end-of-text token the next one is begin-of-text: documents follow one another."""
         a, generator = self.architecture, torch.Generator().manual_seed(seed * 1_000_003 + batch)
-        shape = (len(self.blocks), 2, MICRO_BATCH, a.kv_heads, self.seqlen, a.head_dim)
-        cache = torch.zeros(shape, device=self.device)
+        cache = self.cache(MICRO_BATCH)
         tokens = torch.zeros(MICRO_BATCH, self.seqlen, dtype=torch.int64)
         first = torch.randint(a.vocab_size, (MICRO_BATCH,), generator=generator)
         tokens[:, 0] = first if a.bos_token_id is None else a.bos_token_id
         ends = torch.tensor(a.eos_token_ids, dtype=torch.int64)
         for at in range(self.seqlen - 1):
-            logits = self._logits(tokens[:, at].to(self.device), cache, at).cpu()
+            logits = self.logits(tokens[:, at].to(self.device), cache, at).cpu()
             drawn = torch.multinomial((logits / self.temperature).softmax(-1), 1, generator=generator)[:, 0]
             if a.bos_token_id is not None:
                 drawn = torch.where(torch.isin(tokens[:, at], ends), a.bos_token_id, drawn)
             tokens[:, at + 1] = drawn
         return tokens.int()
 
-    def _logits(self, tokens: Tensor, cache: Tensor, at: int) -> Tensor:  # [rows] -> [rows, vocab]
+    def logits(self, tokens: Tensor, cache: Tensor, at: int) -> Tensor:  # [rows] -> [rows, vocab]
+        """Of the token after each row's `tokens`, which stand at position `at`; their keys and values join the cache."""
         h = self.table[tokens]
         rotary = self.cos[at], self.sin[at]
         for block, kv in zip(self.blocks, cache, strict=True):

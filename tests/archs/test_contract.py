@@ -36,6 +36,10 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"  # recorded from real models
+SMALL: dict[str, Any] = {**SIZES, "bos_token_id": 0, "eos_token_id": 1}
+SMALL.pop("max_position_embeddings")  # theirs
+NOT_COMPUTED = ("architectures", "auto_map", "model_type", "pad_token_id", "torch_dtype", "transformers_version")
 WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -239,6 +243,25 @@ def test_internlm2_is_a_llama_with_fused_rows(kv_heads: int, bias: bool, tmp_pat
     edit(tmp_path, architectures=["InternLM2ForCausalLM"], model_type="internlm2", bias=bias, auto_map=auto_map)
     found = survey(models.files(tmp_path))
     assert [linear.name for linear in found.architecture.at("attn_in")] == ["attention.wqkv"]
+    agree(streamed(models.opened(tmp_path)), whole(model))
+
+
+# Real models
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in CONFIGS.glob("*/config.json")))
+def test_a_publishers_own_config_computes_the_same(name: str, tmp_path: Path) -> None:
+    """The recorded config.json with every key that its publisher wrote, as it is spelled there, and smaller sizes."""
+    written = json.loads((CONFIGS / name / "config.json").read_text()) | SMALL
+    fuses = written["model_type"] == "internlm2"
+    said = {key: value for key, value in written.items() if key not in NOT_COMPUTED}
+    model = oracle("llama" if fuses else written["model_type"], said)
+    saved(model, tmp_path)
+    if fuses:
+        held = load_file(tmp_path / "model.safetensors")
+        save_file(fused(held, SMALL["num_attention_heads"], SMALL["num_key_value_heads"], 8), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    survey(models.files(tmp_path))
     agree(streamed(models.opened(tmp_path)), whole(model))
 
 

@@ -45,6 +45,10 @@ def test_temperature_is_heard(model: Model) -> None:
     assert len(cold.unique()) < len(warm.unique())
 
 
+def test_nothing_floats() -> None:
+    assert self_generated.floats(self_generated.Knobs()) == "" and self_generated.PLACES == ()
+
+
 @pytest.mark.parametrize("temperature", [0, -1, 11, float("nan"), float("inf")])
 def test_temperatures_that_make_no_sense_are_refused(temperature: float) -> None:
     with pytest.raises(ValidationError):

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buildsys.datasets.text_files import Knobs, locate, texts
+from buildsys.datasets import text_files
+from buildsys.datasets.text_files import Knobs, texts
 from buildsys.errors import BuildError
 
 
 def knobs(*paths: str, field: str = "text") -> Knobs:
     return Knobs(paths=paths, field=field)
+
+
+def locate(chosen: Knobs, folder: Path) -> Mapping[str, Path]:
+    found = text_files.locate(chosen, folder, folder / "home")
+    assert not found.how and not found.sizes and not (folder / "home").exists() and text_files.floats(chosen) == ""
+    return found.files
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:

@@ -89,6 +89,23 @@ def test_a_model_without_a_tokenizer_is_an_error() -> None:
         corpus.tokenizer({"config.json": Path("config.json")}, "source")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_decoder_is_the_tokenizers_inverse(name: str, fast: Path, pieces: Path) -> None:
+    files = {name: fast if name == "tokenizer.json" else pieces}
+    text = "the river and the winter stone."
+    assert corpus.decoder(files, "source")(corpus.tokenizer(files, "source")(text)) == text
+    assert corpus.decoder(files, "source")([]) == ""
+
+
+def test_special_tokens_are_not_written(fast: Path) -> None:
+    assert (
+        corpus.decoder({"tokenizer.json": fast}, "source")(
+            [models.BOS, *corpus.tokenizer({"tokenizer.json": fast}, "")("stone"), models.EOS]
+        )
+        == "stone"
+    )
+
+
 def test_a_tokenizer_of_another_model_is_refused() -> None:
     tokens = torch.tensor([[1, 319]], dtype=torch.int32)
     assert corpus.within(tokens, 320, "calibration") is tokens
@@ -116,6 +133,11 @@ def test_windows_are_cut_from_the_text_each_at_most_once(texts: list[str], seqle
     assert found.dtype == torch.int32 and sorted(found.tolist()) == sorted(whole)
     assert torch.equal(found, corpus.windows(iter(texts), letters, len(whole), seqlen, seed, "calibration"))
     assert torch.equal(found[:1], corpus.windows(texts, letters, 1, seqlen, seed, "calibration"))
+
+
+def test_texts_end_as_they_are_told_to() -> None:
+    assert corpus.windows(["a", "b\n"], letters, 1, 4, 0, "").tolist() == [letters("a\nb\n")]
+    assert corpus.windows(["a", "b\n", ""], letters, 1, 3, 0, "", end="").tolist() == [letters("ab\n")]
 
 
 def test_seeds_draw_other_windows() -> None:

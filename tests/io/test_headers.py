@@ -201,3 +201,26 @@ def test_a_blob_is_called_by_its_name_too(tmp_path: Path) -> None:
     with pytest.raises(BuildError) as caught:
         describe({SINGLE: tmp_path / "ab12"})
     assert caught.value.where == f"{SINGLE} ({tmp_path / 'ab12'})"
+
+
+def test_a_header_whose_file_is_elsewhere(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole", {"a": tensor(0, 8), "b": tensor(8, 9)}, b"123456789")
+    size, cut = whole.stat().st_size, tmp_path / "header"
+    cut.write_bytes(whole.read_bytes()[:-9])
+    assert read(cut, "x", size) == read(whole)
+    assert describe({SINGLE: cut}, {SINGLE: size}) == describe({SINGLE: whole})
+    for wrong in (size - 1, size + 1, cut.stat().st_size, 3):
+        with pytest.raises(BuildError, match=f"{wrong} bytes"):
+            read(cut, "x", wrong)
+    cut.write_bytes(whole.read_bytes()[:-12])
+    with pytest.raises(BuildError, match="of its header are here"):
+        read(cut, "x", size)
+
+
+def test_headers_of_shards_whose_files_are_elsewhere(tmp_path: Path) -> None:
+    files = shards(tmp_path, {"model-1.safetensors": ["a", "b"], "model-2.safetensors": ["c"]})
+    known = describe(files)
+    sizes = {name: path.stat().st_size for name, path in files.items() if name.endswith(".safetensors")}
+    for name, data in (("model-1.safetensors", 2), ("model-2.safetensors", 1)):
+        files[name].write_bytes(files[name].read_bytes()[:-data])
+    assert describe(files, sizes) == known

@@ -1,70 +1,94 @@
-"""Every publisher of the folder: a rerun changes nothing, a dry run sends nothing, what is read back has the artifact's digests."""
+"""Every publisher of the folder: a rerun changes nothing, a dry run sends nothing, what is read back has the release's digests, an altered
+file is found, an earlier release can be made the current one again."""
 
 from __future__ import annotations
 
-from hashlib import sha256
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
+from publishers.places import PLACES, Place, release
 
 from buildsys import slots
+from buildsys.errors import BuildError
 from buildsys.publishers import Receipt
-from buildsys.step import digest
-
-PUBLISHERS = slots.modules("publishers")
-KNOBS: dict[str, dict[str, Any]] = {"directory": {"path": "out"}}
-"""The least that each must be told."""
 
 
 def quiet(what: str, done: int, total: int) -> None:
-    pass
+    assert what and 0 <= done <= total
 
 
-def tree(folder: Path, text: str) -> dict[str, str]:
-    """A deployable folder; its files' hashes."""
-    for name in ("config.json", "model.safetensors", "deploy/README.md"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"{name} {text}")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest() for path in files}
+@pytest.fixture(params=slots.modules("publishers"))
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    assert request.param in PLACES, f"tests/publishers/places.py has no place for {request.param}"
+    with PLACES[request.param](tmp_path, monkeypatch) as made:
+        yield made
 
 
-def state(folder: Path) -> list[tuple[str, int]]:
-    return sorted((str(path), path.lstat().st_mtime_ns) for path in folder.rglob("*") if path.name != "lock")
+def test_rerun_is_idempotent(place: Place, tmp_path: Path) -> None:
+    one = release(tmp_path / "one", "a")
+    first = place.module.publish(place.knobs, one, place.to, quiet)
+    before = place.state()
+    assert place.module.publish(place.knobs, one, place.to, quiet) == first and place.state() == before
 
 
-@pytest.fixture(params=PUBLISHERS)
-def publisher(request: pytest.FixtureRequest) -> tuple[ModuleType, Any]:
-    module = PUBLISHERS[request.param]
-    return module, module.Knobs(**KNOBS[request.param])
+def test_dry_run_sends_nothing(place: Place, tmp_path: Path) -> None:
+    one, two = release(tmp_path / "one", "a"), release(tmp_path / "two", "b", notes="new")
+    before = place.state()
+    lines = place.module.plan(place.knobs, one, place.to)
+    assert lines and all(isinstance(line, str) for line in lines) and place.state() == before
+    place.module.publish(place.knobs, one, place.to, quiet)
+    before = place.state()
+    assert place.module.plan(place.knobs, one, place.to) != lines
+    assert place.module.plan(place.knobs, two, place.to) and place.state() == before
 
 
-def test_rerun_is_idempotent(publisher: tuple[ModuleType, Any], tmp_path: Path) -> None:
-    module, knobs = publisher
-    tree(tmp_path / "tree", "a")
-    first = module.publish(knobs, tmp_path / "tree", tmp_path / "to" / "x", quiet)
-    before = state(tmp_path / "to")
-    assert module.publish(knobs, tmp_path / "tree", tmp_path / "to" / "x", quiet) == first and state(tmp_path / "to") == before
+def test_read_back_digests_match(place: Place, tmp_path: Path) -> None:
+    for made in (release(tmp_path / "one", "a", gone="soon"), release(tmp_path / "two", "b", notes="new")):
+        receipt = place.module.publish(place.knobs, made, place.to, quiet)
+        assert isinstance(receipt, Receipt) and receipt.digest == made.digest and "://" in receipt.url
+        assert place.module.verify(place.knobs, made, place.to, quiet) == receipt
 
 
-def test_dry_run_sends_nothing(publisher: tuple[ModuleType, Any], tmp_path: Path) -> None:
-    module, knobs = publisher
-    files = tree(tmp_path / "tree", "a")
-    lines = module.plan(knobs, files, tmp_path / "to" / "x")
-    assert lines and all(isinstance(line, str) for line in lines) and not (tmp_path / "to").exists()
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_an_altered_file_is_found(name: str, place: Place, tmp_path: Path) -> None:
+    one = release(tmp_path / "one", "a")
+    with pytest.raises(BuildError):
+        place.module.verify(place.knobs, one, place.to, quiet)
+    place.module.publish(place.knobs, one, place.to, quiet)
+    place.tamper(name)
+    with pytest.raises(BuildError) as caught:
+        place.module.verify(place.knobs, one, place.to, quiet)
+    assert name in caught.value.what and caught.value.fix
+    place.module.publish(place.knobs, one, place.to, quiet)
+    assert place.module.verify(place.knobs, one, place.to, quiet).digest == one.digest
 
 
-def test_read_back_digests_match(publisher: tuple[ModuleType, Any], tmp_path: Path) -> None:
-    module, knobs = publisher
-    for text in ("a", "b"):
-        files = tree(tmp_path / "tree", text)
-        receipt = module.publish(knobs, tmp_path / "tree", tmp_path / "to" / "x", quiet)
-        assert isinstance(receipt, Receipt) and receipt.digest == digest(files) and "://" in receipt.url
-        assert module.verify(knobs, files, tmp_path / "to" / "x", quiet) == receipt
+def test_rollback_restores_an_earlier_release(place: Place, tmp_path: Path) -> None:
+    one, two = release(tmp_path / "one", "a", gone="soon"), release(tmp_path / "two", "b", notes="new")
+    first = place.module.publish(place.knobs, one, place.to, quiet)
+    place.module.publish(place.knobs, two, place.to, quiet)
+    assert place.module.rollback(place.knobs, one.digest[:10], place.to, quiet) == first
+    assert place.module.verify(place.knobs, one, place.to, quiet) == first
+    with pytest.raises(BuildError):
+        place.module.verify(place.knobs, two, place.to, quiet)
+    before = place.state()
+    assert place.module.rollback(place.knobs, one.digest, place.to, quiet) == first and place.state() == before, "again: nothing changes"
+    assert place.module.rollback(place.knobs, two.digest, place.to, quiet).digest == two.digest
 
 
-def test_modules_are_slots(publisher: tuple[ModuleType, Any]) -> None:
-    module, knobs = publisher
-    assert isinstance(module.VERSION, int) and isinstance(knobs, slots.Frozen)
+def test_rollback_to_what_is_not_there_tells_what_is(place: Place, tmp_path: Path) -> None:
+    with pytest.raises(BuildError):
+        place.module.rollback(place.knobs, "0" * 64, place.to, quiet)
+    one = release(tmp_path / "one", "a")
+    place.module.publish(place.knobs, one, place.to, quiet)
+    before = place.state()
+    with pytest.raises(BuildError) as caught:
+        place.module.rollback(place.knobs, "0" * 64, place.to, quiet)
+    assert one.digest[:16] in caught.value.what + caught.value.fix and place.state() == before
+
+
+def test_modules_are_slots(place: Place) -> None:
+    assert isinstance(place.module.VERSION, int) and isinstance(place.knobs, slots.Frozen)
+    for name, field in type(place.knobs).model_fields.items():
+        assert field.description, f"{name} has no description: recipe.schema.json shows it to editors"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from buildsys.quant.model import Model
 from buildsys.quant.rotary import tables
-from buildsys.quant.sample import MICRO_BATCH, sample
+from buildsys.quant.sample import MICRO_BATCH, greedy, sample
 from buildsys.step import Resources
 from tests import models
 
@@ -103,3 +103,39 @@ def test_what_is_sampled_is_the_models_distribution(tmp_path: Path) -> None:
     expected = model.head().logits(h)[0].softmax(-1)
     seen = torch.bincount(drawn, minlength=40) / rows
     assert (seen - expected).abs().max() < 5 * float((expected * (1 - expected) / rows).sqrt().max())
+
+
+def likeliest(model: Model, prompt: list[int], new: int) -> list[int]:
+    """Each token from a whole forward of all before it."""
+    a = model.architecture
+    blocks, head, row = [model.block(layer) for layer in range(a.layers)], model.head(), list(prompt)
+    while len(row) < len(prompt) + new:
+        h = model.embed(torch.tensor([row]))[0]
+        rotary = tables(a, len(row))
+        for block in blocks:
+            h = block.forward(h, rotary)
+        row.append(int(head.logits(h)[-1].argmax()))
+    return row[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_greedy_answers_are_those_of_whole_forwards_whatever_stands_beside_them(family: str, tmp_path: Path) -> None:
+    model = small(tmp_path, family)
+    prompts = [[1, 2, 3], [7], [5, 9, 5, 9, 5, 9, 5]]
+    seen: list[int] = []
+    found = greedy(model, prompts, 6, frozenset(), Resources(), lambda done, of: seen.append(done))
+    assert found == [likeliest(model, prompt, 6) for prompt in prompts]
+    assert seen == list(range(1, 13)), "seven tokens of the longest prompt, and six after them: the last needs no forward"
+
+
+def test_an_answer_ends_before_the_end_of_text(tmp_path: Path) -> None:
+    model = small(tmp_path)
+    whole = likeliest(model, [3, 4], 8)
+    end = whole[2]
+    assert greedy(model, [[3, 4]], 8, frozenset({end}), Resources(), lambda *_: None) == [whole[: whole.index(end)]]
+
+
+def test_an_empty_prompt_is_begun_with_the_first_token(tmp_path: Path) -> None:
+    model = small(tmp_path)
+    first = model.architecture.bos_token_id
+    assert greedy(model, [[]], 4, frozenset(), Resources(), lambda *_: None) == [likeliest(model, [0 if first is None else first], 4)]

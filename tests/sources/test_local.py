@@ -22,9 +22,13 @@ def model(folder: Path, *names: str, shards: dict[str, str] | None = None) -> Pa
     return folder
 
 
+def find(folder: Path, path: str = "m") -> dict[str, Path]:
+    return dict(locate(Knobs(path=path), folder, folder / "home").files)
+
+
 def refused(folder: Path, path: str = "m") -> BuildError:
     with pytest.raises(BuildError) as caught:
-        locate(Knobs(path=path), folder)
+        find(folder, path)
     assert caught.value.fix
     return caught.value
 
@@ -32,7 +36,7 @@ def refused(folder: Path, path: str = "m") -> BuildError:
 def test_the_files_of_a_single_file_model(tmp_path: Path) -> None:
     wanted = ["LICENSE.txt", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.model"]
     model(tmp_path / "m", *wanted, "README.md", "modeling_x.py", "optimizer.pt", "training_args.bin", "consolidated.safetensors")
-    found = locate(Knobs(path="m"), tmp_path)
+    found = find(tmp_path)
     assert list(found) == wanted
     assert found["config.json"] == tmp_path / "m/config.json"
 
@@ -40,12 +44,12 @@ def test_the_files_of_a_single_file_model(tmp_path: Path) -> None:
 def test_of_a_sharded_model_the_shards_that_the_index_names(tmp_path: Path) -> None:
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     model(tmp_path / "m", "config.json", *names, "consolidated.safetensors", shards={"a": names[0], "b": names[1], "c": names[1]})
-    assert list(locate(Knobs(path="m"), tmp_path)) == ["config.json", *names, INDEX]
+    assert list(find(tmp_path)) == ["config.json", *names, INDEX]
 
 
 def test_an_index_of_one_file(tmp_path: Path) -> None:
     model(tmp_path / "m", "config.json", "model.safetensors", shards={"a": "model.safetensors"})
-    assert list(locate(Knobs(path="m"), tmp_path)) == ["config.json", "model.safetensors"], "the index says nothing new"
+    assert list(find(tmp_path)) == ["config.json", "model.safetensors"], "the index says nothing new"
 
 
 def test_folder_and_files_may_be_links_as_in_the_hub_cache(tmp_path: Path) -> None:
@@ -54,13 +58,13 @@ def test_folder_and_files_may_be_links_as_in_the_hub_cache(tmp_path: Path) -> No
     (tmp_path / "snapshots/1/config.json").symlink_to(blobs / "c0ffee")
     (tmp_path / "snapshots/1/model.safetensors").symlink_to("../../blobs/f00d")
     (tmp_path / "m").symlink_to("snapshots/1")
-    found = locate(Knobs(path="m"), tmp_path)
+    found = find(tmp_path)
     assert found == {name: tmp_path / "m" / name for name in ("config.json", "model.safetensors")}
 
 
 def test_paths_up_and_absolute(tmp_path: Path) -> None:
     model(tmp_path / "m", "config.json", "model.safetensors")
-    assert locate(Knobs(path="../../m"), tmp_path / "recipes/x") == locate(Knobs(path=str(tmp_path / "m")), tmp_path / "elsewhere")
+    assert find(tmp_path / "recipes/x", "../../m") == find(tmp_path / "elsewhere", str(tmp_path / "m"))
 
 
 def test_missing_folders_name_close_ones(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""`doit report`: gathers what a page shows and writes it beside the artifacts; a build whose gates fail too, since then it matters most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from buildsys import disk
+from buildsys.driver import Session
+from buildsys.errors import BuildError
+from buildsys.steps import GENERATIONS
+
+if TYPE_CHECKING:
+    from buildsys.release.facts import Facts
+    from buildsys.report.view import View
+
+INDEX = "index.html"
+
+
+def report(session: Session, names: list[str]) -> Iterator[str]:
+    """A page for each recipe that is built; where several are asked for, a catalogue of all of them beside. Builds nothing but answers."""
+    from buildsys.report import catalogue
+
+    entries = []
+    with session.store.in_use():
+        for name in names:
+            try:
+                session.plan([name])
+                facts = session.facts(name)
+            except BuildError as error:
+                if len(names) == 1:
+                    raise
+                recipe = session.workspace.load(name)  # what is wrong with the recipe itself is no reason to leave it out: it raises
+                entries.append(catalogue.unbuilt(recipe, "not built" if "is not built" in error.what else f"not built: {error.what}"))
+                continue
+            path = session.store.root / f"{name}.html"
+            yield f"{name}: {_write(path, _page(session, facts, alone=len(names) == 1))}"
+            entries.append(catalogue.entry(facts, quote(path.name)))
+        if len(names) > 1:
+            yield f"{len(entries)} recipes: {_write(session.store.root / INDEX, catalogue.catalogue(entries))}"
+
+
+def _page(session: Session, facts: Facts, alone: bool) -> str:
+    from buildsys.report.page import page
+
+    return page(facts, _view(session, facts, "" if alone else INDEX))
+
+
+def _view(session: Session, facts: Facts, index: str) -> View:
+    from buildsys.report.view import NO_PROMPTS, Generation, View, generations, outliers
+
+    answered: tuple[Generation, ...] = ()
+    why = NO_PROMPTS
+    try:
+        answers = session.answers(facts.name)
+        if answers is not None:
+            answered = generations(session.store.path(answers, GENERATIONS))
+    except BuildError as error:  # a page without answers is better than none
+        why = f"The models could not be asked: {error.what}; {error.fix}."
+    calibrated = facts.of_kind("calibrate")[0].output
+    return View(
+        generations=answered,
+        no_generations=why,
+        outliers=outliers({name: session.store.path(calibrated, name) for name in calibrated.files}),
+        signature=_signature(session, facts),
+        catalogue=index,
+    )
+
+
+def _signature(session: Session, facts: Facts) -> str:
+    from buildsys.release.provenance import SIGNATURE
+
+    link = session.store.root / facts.name
+    if session.store.linked(facts.name) != facts.artifact.digest():
+        return "Not released: its gates do not hold, or it was not built to its end."
+    signed = (link / SIGNATURE).exists()
+    return f"Signed: `doit verify path={link} key=PUBLIC.pem` checks it." if signed else "Not signed."
+
+
+def _write(path: Path, text: str) -> Path:
+    with disk.writing(path):
+        disk.write(path, text.encode())
+    return path
