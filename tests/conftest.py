@@ -9,20 +9,37 @@ from pathlib import Path
 # takes ten times as long where the processors are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+
 import pytest
 import runs
+from filelock import FileLock
+
+
+def shared(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], runs.Ran]) -> tuple[Path, runs.Ran]:
+    """A workspace that the first of pytest's workers builds, and all of them use."""
+    alone = os.environ.get("PYTEST_XDIST_WORKER") is None
+    folder = (factory.getbasetemp() if alone else factory.getbasetemp().parent) / f"shared-{name}"
+    said = folder / "said.json"
+    with FileLock(f"{folder}.lock"):
+        if not said.exists():
+            ran = build(folder / "workspace")
+            said.write_text(json.dumps(asdict(ran)))
+    return folder / "workspace", runs.Ran(**json.loads(said.read_text()))
 
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, runs.Ran]:
     """The shipped demo, built once: its workspace and what the build said."""
-    workspace = runs.demo(tmp_path_factory.mktemp("demo") / "workspace")
-    return workspace, runs.doit(workspace, "build", "recipe=demo")
+    return shared(tmp_path_factory, "demo", lambda folder: runs.doit(runs.demo(folder), "build", "recipe=demo"))
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipe `tiny` of runs.py, built with one thread and a batch of one."""
-    workspace = runs.tiny(tmp_path_factory.mktemp("tiny") / "workspace")
-    runs.doit(workspace, "build", "recipe=tiny", "threads=1", "batch=1").fine()
+    build = ("build", "recipe=tiny", "threads=1", "batch=1")
+    workspace, ran = shared(tmp_path_factory, "tiny", lambda folder: runs.doit(runs.tiny(folder), *build))
+    ran.fine()
     return workspace
