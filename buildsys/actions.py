@@ -107,7 +107,8 @@ def verify(session: Session, said: Mapping[str, str]) -> Iterator[str]:
     from buildsys.release.audit import audit
 
     if ("path" in said) == ("repo" in said):
-        raise BuildError("verify", "of what?", "say path=FOLDER, or repo=ORG/NAME for a repository of the Hugging Face hub")
+        what = "of both path= and repo=?" if "path" in said else "of what?"
+        raise BuildError("verify", what, "say path=FOLDER (path=artifacts/NAME is a recipe's), or repo=ORG/NAME of the Hugging Face hub")
     key = Path(said["key"]) if "key" in said else None
     folder = Path(said["path"]) if "path" in said else _brought(session, said["repo"], said.get("revision", "main"))
 
@@ -115,7 +116,7 @@ def verify(session: Session, said: Mapping[str, str]) -> Iterator[str]:
         session.console.progress("verify", "verify", phase, done, total)
 
     try:
-        found = audit(folder, key, progress)
+        found = audit(folder, key, progress, said.get("repo"))
     finally:
         session.console.finished("verify")
     yield from found.lines
@@ -130,6 +131,8 @@ def _brought(session: Session, repo: str, revision: str) -> Path:
 
     home = session.store.home / "hub"
     listed = hub.listing(hub.Repo("model", repo, revision), home)
+    if not listed.files:
+        raise BuildError(str(listed.repo), "holds no files", "name another repository or revision")
     found = hub.locate(listed, listed.files, home)
     session.console.line(f"{repo} at {listed.commit[:12]}, {len(found.names)} files")
     paths = hub.fetch(found.how, found.sha256, partial(session.console.progress, "fetch", f"fetch {repo}")) if found.how else found.files

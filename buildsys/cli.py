@@ -84,6 +84,8 @@ def build(session: Session, recipes: list[str], said: Said) -> Iterator[str]:
 
 def publish(session: Session, recipes: list[str], said: Said) -> Iterator[str]:
     """build, then publish"""
+    if "dry" in said and "to" in said:
+        raise BuildError("--to", "does not go with --dry", "leave one of the two out")
     if "dry" in said or "to" in said:
         yield from actions.publish_without_building(session, recipes, said.get("to"))
         return
@@ -138,6 +140,8 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     try:
         how = {name: str(value) for name, value in vars(said).items() if name in OPTIONS and value not in (None, False)}
+        for name in (name for name, value in how.items() if not value.strip()):
+            raise BuildError(f"--{name}", "is empty", "give it a value, or leave it out")
         session = Session(Workspace(Path.cwd()), Store(), Settings.read(how), console)
         try:
             recipes = session.workspace.find(",".join(said.recipes)) if said.command in EACH else []

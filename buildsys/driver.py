@@ -92,6 +92,7 @@ class Session:
         self.outcomes: dict[str, Outcome] = {}  # by planned key
         self.verdicts: dict[str, tuple[Verdict, ...]] = {}  # by recipe
         self.releases: dict[str, Release] = {}  # by recipe
+        self._unpublished: set[str] = set()  # recipes whose publishing began and has not ended
         self._artifacts: dict[str, Artifact] = {}  # by planned key
         self._histories: dict[str, History] = {}
         self._steps = steps
@@ -205,26 +206,30 @@ class Session:
     def _signed(self) -> str:
         if self._signer is None:
             return "unsigned  no key: say key=FILE, or set BUILDSYS_SIGNING_KEY, to sign"
-        return f"signed    with the key {self._signer.fingerprint[:16]}"
+        from buildsys.release.signing import hint
 
-    def publish(self, name: str) -> list[str]:
+        return f"signed    with the key {hint(self._signer.public)[:16]}"
+
+    def publish(self, name: str) -> Iterator[str]:
         """Sends the judged release where the recipe says. Publishing looks at the other side each time, so it is never cached."""
+        self._unpublished.add(name)
         skipped = [verdict for verdict in self.verdicts[name] if verdict.state != "passed"]
         if skipped:
             text = "; ".join(f"{verdict.check} was skipped: {verdict.text}" for verdict in skipped)
             fix = "run it where every declared check can run, or take the check out of the recipe"
             raise BuildError(self.plans[name].recipe.at("verify"), f"{name} is not published: {text}", fix)
-        lines = []
         for publisher, module, knobs, to in self._places(name):
             receipt = self._send(name, publisher, partial(module.publish, knobs, self.releases[name], to))
-            lines.append(f"published {name} -> {receipt.url} ({publisher}, read back, digest {receipt.digest[:12]})")
-        return lines
+            yield f"published {name} -> {receipt.url} ({publisher}, read back, digest {receipt.digest[:16]})"
+        self._unpublished.discard(name)
 
     def rehearse(self, name: str) -> list[str]:
         """What `publish` would send of what is built; nothing is sent, and nothing is built."""
-        self.facts(name)
-        self.judge(name)
-        release = self.releases[name]
+        facts, recipe = self.facts(name), self.plans[name].recipe
+        lost = [f"check {verdict.check} {verdict.state}: {verdict.text}" for verdict in facts.verdicts if verdict.state != "passed"]
+        if lost:
+            raise BuildError(recipe.at("verify"), f"{name} would not be published: {'; '.join(lost)}", f"run `doit build recipe={name}`")
+        release = self._seal(facts)
         lines = []
         for publisher, module, knobs, to in self._places(name):
             lines.append(f"{name} -> {publisher} {to}, release {release.digest[:16]}; nothing is sent:")
@@ -232,19 +237,19 @@ class Session:
                 lines += [f"  {line}" for line in module.plan(knobs, release, to)]
         return lines
 
-    def rollback(self, name: str, whole: str) -> list[str]:
+    def rollback(self, name: str, whole: str) -> Iterator[str]:
         """Makes an earlier release the current one everywhere that the recipe publishes to; nothing is built."""
-        lines = []
         for publisher, module, knobs, to in self._places(name):
             receipt = self._send(name, publisher, partial(module.rollback, knobs, whole, to))
-            lines.append(f"rolled back {name} -> {receipt.url} ({publisher}, read back, digest {receipt.digest[:12]})")
-        return lines
+            yield f"rolled back {name} -> {receipt.url} ({publisher}, read back, digest {receipt.digest[:16]})"
 
     def _places(self, name: str) -> Iterator[tuple[str, ModuleType, Any, Any]]:
         recipe = self.plans[name].recipe
         for publisher, knobs in recipe.publish.publishers.items():
             module = modules("publishers")[publisher]
-            yield publisher, module, knobs, module.destination(knobs, recipe.folder("publish", publisher))
+            with self._at_recipe(name, publisher):
+                to = module.destination(knobs, recipe.folder("publish", publisher))
+            yield publisher, module, knobs, to
 
     def _send(self, name: str, publisher: str, send: Callable[[Progress], Receipt]) -> Receipt:
         task = f"publish {name}"
@@ -268,17 +273,19 @@ class Session:
         recipe = self.plans[name].recipe
         if not recipe.publish.publishers:
             raise BuildError(recipe.at("publish"), f"{name} names no place to publish to", "write publish: {directory: {path: …}}")
+        for _ in self._places(name):
+            pass  # a place that cannot be one is refused now, and not when all is built
 
     def facts(self, name: str) -> Facts:
         """What is known of the recipe's build, judged anew; a gate that fails is a fact. Raises BuildError where nothing is built."""
         from buildsys.release.facts import gather
         from buildsys.verdict import judge
 
-        plan = self.plans[name]
-        found = self.store.walk(plan.steps)
-        missing = [step for step in plan.steps if found[step.planned_key].artifact is None]
+        plan, steps = self.plans[name], self.steps(name)
+        found = self.store.walk(steps)
+        missing = [step for step in steps if found[step.planned_key].artifact is None]
         if missing:
-            what = f"{name} is not built as its recipe says now: {len(missing)} of {len(plan.steps)} steps are missing"
+            what = f"{name} is not built as its recipe says now: {len(missing)} of {len(steps)} steps are missing"
             raise BuildError(plan.recipe.at(), what, f"run `doit build recipe={name}`")
         self._artifacts |= {planned: one.artifact for planned, one in found.items() if one.artifact is not None}
         return gather(plan, self.store, judge(plan, self.store))
@@ -298,11 +305,12 @@ class Session:
         outcomes = [self.outcomes[step.planned_key] for step in steps if step.planned_key in self.outcomes]
         built = sum(outcome.built for outcome in outcomes)
         took = show.seconds(time.monotonic() - self._began)
-        if name not in self.verdicts or any(verdict.state == "failed" for verdict in self.verdicts[name]):
+        if name not in self.releases or any(verdict.state == "failed" for verdict in self.verdicts[name]):
             return f"{name}: not complete; {len(outcomes)} of {len(steps)} steps are done and kept"
         made = f"built {built} of {len(steps)} steps in {took}" if built else f"{len(steps)} steps, all cached"
         skipped = sum(verdict.state != "passed" for verdict in self.verdicts[name])
-        return f"{name}: {made}{f', {skipped} checks skipped' if skipped else ''} -> {self.store.root / name}"
+        more = (f", {skipped} checks skipped" if skipped else "") + (", not published" if name in self._unpublished else "")
+        return f"{name}: {made}{more} -> {self.store.root / name}"
 
     def end(self) -> None:
         """No child survives this, and gc may work again."""
@@ -341,7 +349,7 @@ class Session:
             device=settings.device,
             again=again,
             resumes=step.resumes,
-            meta={"version": step.version, "knobs": step.knobs, "inputs": made_of.inputs},
+            meta={"version": step.version, "knobs": step.knobs, "inputs": made_of.inputs, **_whence(step)},
         )
 
     def _done(self, step: Step, artifact: Artifact, outcome: Outcome, write: bool = False) -> None:
@@ -401,6 +409,14 @@ class Session:
 
 def _walk(*ends: Step) -> tuple[Step, ...]:
     return tuple({step.planned_key: step for end in ends for step in end.walk()}.values())
+
+
+def _whence(step: Step) -> dict[str, Any]:
+    """Where a fetch had its files from, as it was when it ran: what names them may have moved on since."""
+    told = {name: step.hints[name] for name in ("module", "pin") if name in step.hints}
+    if "how" in step.hints:
+        told["how"] = {name: value for name, value in step.hints["how"].items() if name != "files"}
+    return {"hints": told} if told else {}
 
 
 def release_step(plan: Plan) -> Step:

@@ -19,7 +19,19 @@ from buildsys.workspace import Workspace
 
 TASKS = ("build", "check", "gc", "plan", "publish", "report", "test", "verify", "why")
 COMMANDS = frozenset({"run", "list", "info", "clean", "forget", "help", "ignore", "dumpdb", "strace", "tabcompletion", "resetdep"})
-VARIABLES = ("recipe", "threads", "batch", "device", "key", "dry", "to", "path", "repo", "revision")
+VARIABLES = {
+    "recipe": ("build", "forget", "plan", "publish", "report", "why"),
+    "threads": ("build", "plan", "publish", "report"),
+    "batch": ("build", "publish", "report"),
+    "device": ("build", "publish", "report"),
+    "key": ("build", "publish", "verify"),
+    "dry": ("publish",),
+    "to": ("publish",),
+    "path": ("verify",),
+    "repo": ("verify",),
+    "revision": ("verify",),
+}
+"""What may be said on the line, and to which tasks."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,20 @@ class Line:
         named = [word for word in self.words if word.partition(":")[0] in TASKS]
         return self.command == "run" and not self.looks and (not named or "build" in named or "publish" in named)
 
+    def check(self, name: str) -> None:
+        """Refuses a variable that is empty, or that says nothing to the tasks of the line: to go on would be to do something else."""
+        if not self.said[name].strip():
+            raise BuildError(f"{name}=", "is empty", "give it a value, or leave it out")
+        named = {word.partition(":")[0] for word in self.words if word.partition(":")[0] in (*TASKS, *COMMANDS)} - {"run"} or {"build"}
+        if named <= set(TASKS) and not named.intersection(VARIABLES[name]):
+            fix = f"leave it out; it goes with {', '.join(VARIABLES[name])}"
+            raise BuildError(f"{name}=", f"says nothing to {' and '.join(sorted(named))}", fix)
+        if name in ("dry", "to") and "publish" not in self.words:
+            fix = f"write doit publish recipe=NAME {name}={self.said[name]}"
+            raise BuildError(f"{name}=", "goes with `publish recipe=NAME` alone", fix)
+        if name == "to" and self.said.get("dry", "0") != "0":
+            raise BuildError("to=", "does not go with dry=1", "leave one of the two out")
+
     @property
     def looks(self) -> bool:
         """Whether `doit publish` is to say what it would do, or to go back to what is published already: nothing is built for that."""
@@ -67,6 +93,7 @@ class Run:
         for name in self.line.said:
             if name not in VARIABLES:
                 raise _unknown_variable(name)
+            self.line.check(name)
         self.session = Session(self.workspace, self.store, Settings.read(self.line.said), self.console)
 
     def asked(self, task: str) -> list[str]:

@@ -33,7 +33,9 @@ def report(session: Session, names: list[str]) -> Iterator[str]:
                 if len(names) == 1:
                     raise
                 recipe = session.workspace.load(name)  # what is wrong with the recipe itself is no reason to leave it out: it raises
-                entries.append(catalogue.unbuilt(recipe, "not built" if "is not built" in error.what else f"not built: {error.what}"))
+                known = name in session.plans
+                entries.append(catalogue.unbuilt(recipe, catalogue.NOT_BUILT if known else f"not known: {error.what}"))
+                yield f"{name}: {catalogue.NOT_BUILT if known else f'left out: {error.what}'}"
                 continue
             path = session.store.root / f"{name}.html"
             yield f"{name}: {_write(path, _page(session, facts, alone=len(names) == 1))}"
@@ -76,10 +78,11 @@ def _signature(session: Session, facts: Facts) -> str:
     if session.store.linked(facts.name) != facts.artifact.digest():
         return "Not released: its gates do not hold, or it was not built to its end."
     signed = (link / SIGNATURE).exists()
-    return f"Signed: `doit verify path={link} key=PUBLIC.pem` checks it." if signed else "Not signed."
+    return "Signed: `python -m buildsys verify --path FOLDER --key PUBLIC.pem` checks it." if signed else "Not signed."
 
 
 def _write(path: Path, text: str) -> Path:
     with disk.writing(path):
         disk.write(path, text.encode())
+        path.chmod(0o644)  # for others to read, whatever the temporary file was
     return path

@@ -63,7 +63,7 @@ def plan(recipe: Recipe, store: Store, threads: int = 2) -> Plan:
     errors += misfits(recipe, surveyed, left_float)
     if errors:
         raise BuildErrors(errors)
-    graph = Graph(recipe, surveyed, left_float, store)
+    graph = Graph(recipe, surveyed, left_float, store, source)
     fetched = graph.fetch("source", "sources", recipe.source.name, source)
     calibration = graph.tokens("calibration", fetched)
     text = graph.tokens("verify", fetched)
@@ -95,7 +95,7 @@ def located(recipe: Recipe, where: tuple[str, ...], chosen: Choice, store: Store
     try:
         found: Located = chosen.module.locate(chosen.knobs, recipe.folder(*where), store.home / "hub")
     except BuildError as error:
-        raise BuildError(recipe.at(*where, chosen.name), f"{error.where} {error.what}", error.fix) from None
+        raise BuildError(recipe.at(*where, chosen.name), f"{error.where}: {error.what}", error.fix) from None
     return found
 
 
@@ -258,6 +258,7 @@ class Graph:
     surveyed: Survey
     left_float: tuple[str, ...]
     store: Store
+    located: Located  # the source's files
 
     def _step(self, kind: str, title: str, knobs: Mapping[str, Any], *needs: Need, **more: Any) -> Step:
         return Step(kind, title, VERSIONS[kind], knobs, needs, **{"heavy": True, **more})
@@ -303,9 +304,19 @@ class Graph:
             knobs |= {"vocab_size": self.surveyed.architecture.vocab_size}
             found = located(self.recipe, (section, key), dataset, self.store)
             text = self.fetch(f"{section} text", "datasets", dataset.name, found)
+            if module.READS == "chat":
+                self._has_template(section, key)
             needs = [Need("source", source, self._tokenizer(module.READS == "chat")), Need("text", text)]
         title = f"{section} {dataset.name} {asked.samples} x {asked.seqlen}, seed {asked.seed}"
         return self._step("tokens", title, knobs, *needs, hints={"where": where}, computes=module.READS == "model")
+
+    def _has_template(self, section: str, key: str) -> None:
+        from buildsys.io.chat import has_template
+
+        if not has_template(self.located.files):
+            what = "the model has no chat template, and the dataset holds conversations"
+            fix = "use text_files for a base model, or the chat model of its family as the source"
+            raise BuildError(self.recipe.at(section, key), what, fix)
 
     def _tokenizer(self, chat: bool) -> tuple[str, ...]:
         """Files of the source that turn text into tokens; tokenizer.json says it all, a sentencepiece model leaves added tokens out."""
@@ -392,7 +403,10 @@ class Graph:
         except (OSError, UnicodeDecodeError) as error:
             what = f"{path} cannot be read as text: {error.strerror if isinstance(error, OSError) else error}"
             raise BuildError(self.recipe.at("report", "path"), what, "write a UTF-8 file with one prompt a line") from None
-        return [line.strip() for line in lines if line.strip()]
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise BuildError(self.recipe.at("report", "path"), f"{path} holds no prompt", "write one prompt a line, or leave path out")
+        return prompts
 
     def measures(self, source: Step, quantized: Step, packed: Step, tokens: Step) -> Iterator[tuple[str, Step]]:
         """One step a check, without its limits: those are judged, and a change of them measures nothing again."""

@@ -96,8 +96,7 @@ def perform(job: Job, progress: Progress, waiting: Callable[[str], None], steps:
             held.enter_context(store.lock("gpu", waiting))
         inputs = {role: {name: Path(path) for name, path in files.items()} for role, files in job.inputs.items()}
         watched = _watched(inputs, store)
-        machine = _machine(device)
-        stage = _stage(store, job, {"machine": machine, "watched": watched})
+        stage = _stage(store, job, {"computes_on": _arithmetic(device), "watched": watched})
         began, at = time.monotonic(), _now()
         resources = Resources(threads=job.threads, batch=job.batch, device=device)
         request = Request(job.kind, job.knobs, job.hints, inputs, stage, resources, store.sha256)
@@ -165,6 +164,13 @@ def _machine(device: str) -> dict[str, Any]:
 
         found["gpu"] = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return found
+
+
+def _arithmetic(device: str) -> dict[str, Any]:
+    """What a result's last bits may depend on: work that was begun elsewhere is not gone on with."""
+    torch = sys.modules.get("torch")
+    found = {"device": device, "torch": str(torch.__version__) if torch is not None else "", "machine": _host()}
+    return found | ({"gpu": torch.cuda.get_device_name()} if torch is not None and device == "cuda" else {})
 
 
 @cache

@@ -275,12 +275,12 @@ def test_error_is_told_without_a_traceback(place: Place, fault: str, told: str, 
 def test_full_disk(place: Place) -> None:
     small = place.root / "artifacts"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(small)], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        for room in range(0, 64, 4):
+        for room in range(0, 128, 8):
             filler = small / "filler"
-            filler.write_bytes(b"x" * (60 - room) * 1024)
+            filler.write_bytes(b"x" * max(124 - room, 0) * 1024)
             running = place.start("build", "recipe=demo")
             said = running.communicate(timeout=60)[0]
             assert "Traceback" not in said and running.returncode in (0, 1), said
@@ -367,7 +367,7 @@ def test_gc(place: Place) -> None:
         (["build", "recipe=dmeo"], "did you mean demo?"),
         (["build:dmeo"], "did you mean demo?"),
         (["build", "recipe=x*"], "matches none"),
-        (["build", "recipe="], "names no recipe"),
+        (["build", "recipe="], "is empty"),
         (["build", "recpie=demo"], "did you mean recipe=?"),
         (["build", "recipe=demo", "colour=red"], "the variables are recipe="),
         (["build", "recipe=demo", "threads=0"], "no number from 1"),
@@ -393,3 +393,46 @@ def test_progress_without_a_terminal_is_plain_lines(place: Place) -> None:
     said = place.doit("build", "recipe=demo")
     assert re.search(r"^  \.\.\.   quantize blocks: sleep \d+/60, 5\.\d s, about \d\.\d s left$", said, re.M), said
     assert "\x1b" not in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("publish:demo", "dry=1"),
+        ("publish:demo", "to=12345678"),
+        ("publish", "recipe=demo", "dry=1", "to=12345678"),
+        ("publish", "recipe=demo", "to="),
+        ("build", "recipe=demo", "dry=1"),
+        ("build", "recipe=demo", "key="),
+        ("recipe=demo", "to=12345678"),
+        ("gc", "recipe=demo"),
+        ("verify", "recipe=demo"),
+        ("verify", "path=", "key=x"),
+    ],
+    ids=" ".join,
+)
+def test_a_variable_that_would_be_passed_over_is_refused(words: tuple[str, ...], tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.recipe("demo")
+    said = place.doit(*words, status=1)
+    assert "fix:" in said and not (tmp_path / "published").exists() and place.ran() == []
+
+
+def test_a_dry_run_moves_no_link_and_refuses_what_publish_would(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.recipe("demo")
+    place.doit("build", "recipe=demo")
+    before = os.readlink(tmp_path / "artifacts" / "demo")
+    assert "nothing is sent" in place.doit("publish", "recipe=demo", "dry=1")
+    place.recipe("demo", limit=5)
+    assert "would not be published" in place.doit("publish", "recipe=demo", "dry=1", status=1)
+    assert os.readlink(tmp_path / "artifacts" / "demo") == before and not (tmp_path / "published").exists()
+
+
+def test_a_publish_that_fails_is_not_called_done(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.recipe("demo")
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "mine.txt").write_text("not to be touched")
+    said = place.doit("publish", "recipe=demo", status=1)
+    assert "not published" in said.splitlines()[-1] and (tmp_path / "published" / "mine.txt").exists()

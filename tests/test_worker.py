@@ -18,6 +18,7 @@ import psutil
 import pytest
 import toy
 
+from buildsys import worker
 from buildsys.errors import BuildError
 from buildsys.step import Request, digest
 from buildsys.store import Store
@@ -252,3 +253,10 @@ def test_stage_made_on_other_terms_starts_afresh(tmp_path: Path) -> None:
     artifact = Store(tmp_path / "artifacts").find(asked.key)
     assert artifact is not None and "left.txt" not in artifact.files
     assert artifact.meta["built"]["device"] == "cpu" and "python" in artifact.meta["built"]["versions"]
+
+
+def test_what_was_begun_is_gone_on_with_whatever_else_a_process_has_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = worker._arithmetic("cpu")
+    monkeypatch.setitem(sys.modules, "tokenizers", type(sys)("tokenizers"))
+    monkeypatch.setitem(sys.modules, "sentencepiece", type(sys)("sentencepiece"))
+    assert worker._arithmetic("cpu") == before and before["device"] == "cpu"

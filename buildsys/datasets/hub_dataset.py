@@ -52,6 +52,10 @@ def locate(knobs: Knobs, folder: Path, home: Path) -> Located:
         return here(files, _chosen(knobs, files, readme, str(place)))
     assert knobs.repo is not None
     listed = hub.listing(hub.Repo("dataset", knobs.repo, knobs.revision), home)
+    if not listed.whole and not knobs.files and splits.README not in listed.files:
+        what = f"offline, and the shared cache holds no {splits.README} of it, which may say what its splits are"
+        fix = f"plan once while online (it is remembered), name its files with files:, or while online: {listed.repo.download}"
+        raise BuildError(str(listed.repo), what, fix)
     beside = [splits.README] if splits.README in listed.files and not knobs.files else []
     readme = hub.locate(listed, beside, home).files.get(splits.README) if beside else None
     try:

@@ -5,6 +5,7 @@ An error of the client may quote an address or a header that holds a secret, so 
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Final, TypeVar
 from buildsys import disk
 from buildsys.errors import BuildError
 from buildsys.hubs.hub_repo import Repo, cache, shown_endpoint
+from buildsys.hubs.silent import Unreachable
 
 WAITS_S: Final = (0.5, 1.0, 2.0)
 """Before each further try to ask."""
@@ -31,6 +33,7 @@ def asking(repo: Repo, about: str = "") -> Iterator[None]:
     from huggingface_hub.errors import HFValidationError
 
     where = f"{about} of {repo}" if about else str(repo)
+    _ready(where)
     try:
         yield
     except (httpx2.HTTPError, httpx2.InvalidURL, HFValidationError, OSError) as error:
@@ -38,6 +41,25 @@ def asking(repo: Repo, about: str = "") -> Iterator[None]:
         if known is None:
             raise
         raise known from None
+
+
+def _ready(where: str) -> None:
+    """The client can be made and its token be sent, or the environment's mistake is told. From now on it logs no addresses."""
+    import httpx2
+    from huggingface_hub import get_session, get_token
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        get_session()
+    except (ImportError, ValueError, httpx2.InvalidURL) as error:
+        what = f"HTTPS_PROXY, HTTP_PROXY or ALL_PROXY names no proxy that can be used ({type(error).__name__})"
+        raise BuildError(where, what, "set it to http://host:port, or unset it") from None
+    except OSError as error:
+        what = f"SSL_CERT_FILE or SSL_CERT_DIR holds no certificates that can be read ({error.strerror or type(error).__name__})"
+        raise BuildError(where, what, "correct it, or unset it") from None
+    if not (get_token() or "").isascii():
+        what = "the token of this machine has a character outside ASCII, so it cannot be sent"
+        raise BuildError(where, what, f"check HF_TOKEN, or {_LOGIN}")
 
 
 def explained(error: BaseException, repo: Repo, where: str) -> BuildError | None:
@@ -114,12 +136,13 @@ def _unreachable(error: BaseException, where: str) -> BuildError:
         f"check the network and the proxy, or set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 to use what {cache()} holds; then {_GOES_ON}"
     )
     if isinstance(error, httpx2.ProxyError):
-        return BuildError(
+        return Unreachable(
             where, f"the proxy does not let through to {shown_endpoint()}", "correct HTTPS_PROXY, or add the hub's host to NO_PROXY"
         )
+    kind = Unreachable if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout)) else BuildError
     if isinstance(error, httpx2.TimeoutException):
-        return BuildError(where, f"{shown_endpoint()} did not answer within {TIMEOUT_S:.0f} s", fix)
-    return BuildError(where, f"{shown_endpoint()} cannot be reached: {_reason(error)}", fix)
+        return kind(where, f"{shown_endpoint()} did not answer within {TIMEOUT_S:.0f} s", fix)
+    return kind(where, f"{shown_endpoint()} cannot be reached: {_reason(error)}", fix)
 
 
 def _reason(error: BaseException) -> str:

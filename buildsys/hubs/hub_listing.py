@@ -36,6 +36,7 @@ from buildsys.hubs.hub_repo import (
     shown_endpoint,
     snapshot,
 )
+from buildsys.hubs.silent import asked_once
 from buildsys.step import digest
 
 
@@ -65,7 +66,7 @@ def _resolve(repo: Repo, place: Path) -> str:
     from huggingface_hub.errors import RevisionNotFoundError
 
     about = f"{endpoint()}/api/{repo.kind}s/{repo.id}"
-    with asking(repo):
+    with asked_once(endpoint(), str(repo)), asking(repo):
         try:
             said = _json(patiently(partial(_page, f"{about}/revision/{quote(repo.revision, safe='')}"))[0], repo)
         except RevisionNotFoundError:
@@ -115,7 +116,7 @@ def _asked(repo: Repo, under: str) -> Iterator[tuple[str, RepoFile]]:
     folder = f"/{quote(under)}" if under else ""
     page: str | None = f"{endpoint()}/api/{repo.kind}s/{repo.id}/tree/{repo.revision}{folder}?recursive=true&expand=false"
     while page is not None:
-        with asking(repo):
+        with asked_once(endpoint(), str(repo)), asking(repo):
             body, page = patiently(partial(_page, page))
         yield from _read(body, repo)
 

@@ -19,6 +19,7 @@ from buildsys.hubs.hub_errors import TIMEOUT_S, WAITS_S, asking, passing, patien
 from buildsys.hubs.hub_http import opened
 from buildsys.hubs.hub_listing import listing
 from buildsys.hubs.hub_repo import Listing, Repo, endpoint, offline, shown_endpoint
+from buildsys.hubs.silent import answers
 
 if TYPE_CHECKING:
     import httpx2
@@ -75,7 +76,25 @@ def references(repo: Repo) -> References | None:
             refs = patiently(lambda: api().list_repo_refs(repo.id))
         except RepositoryNotFoundError:
             return None
+    answers(endpoint())
     return References(*({ref.name: ref.target_commit for ref in some} for some in (refs.branches, refs.tags)))
+
+
+def role(repo: Repo) -> str | None:
+    """What this machine's token is for: "read", "write", "fineGrained"; None without one, "" where the hub does not tell."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not get_token():
+        return None
+    with _asking(repo):
+        try:
+            said = api().whoami()
+        except HfHubHTTPError as error:
+            if error.response.status_code == 401:
+                raise
+            return ""  # a mirror without that endpoint, or a hub that is asked too often
+        return str(said.get("auth", {}).get("accessToken", {}).get("role", ""))
 
 
 @contextmanager

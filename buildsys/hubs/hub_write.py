@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from buildsys.errors import BuildError
 from buildsys.hubs.hub_errors import explained
 from buildsys.hubs.hub_repo import Repo, shown_endpoint
-from buildsys.hubs.hub_state import LIMIT_S, Commit, api, history
+from buildsys.hubs.hub_state import LIMIT_S, Commit, api, history, role
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -22,9 +22,19 @@ if TYPE_CHECKING:
 LARGE_BYTES: Final = 10 << 20
 """Files of this size and more are sent one by one, so that progress can be told."""
 _NO_GITIGNORE = "# nothing is left out\n"
+_LOGIN = "run `hf auth login` with a token that may write (https://huggingface.co/settings/tokens), or set HF_TOKEN"
 _AGAIN = "then run the same command again: large files that arrived are not sent again"
 
 Progress = Callable[[str, int, int], None]
+
+
+def refuse_reader(repo: Repo, proposes: bool) -> None:
+    """Refuses what this machine's token cannot do, before anything is sent. Who only `proposes` need not write."""
+    may = role(repo)
+    if may is None:
+        raise BuildError(str(repo), f"{shown_endpoint()} wants to know who writes, and there is no token", _LOGIN)
+    if may == "read" and not proposes:
+        raise BuildError(str(repo), f"{shown_endpoint()} does not let this machine's token write: it may only read", _LOGIN)
 
 
 def create(repo: Repo, private: bool) -> None:
@@ -139,14 +149,13 @@ def _refused(error: BaseException, repo: Repo) -> BuildError | None:
 
     assert isinstance(error, HfHubHTTPError)
     status, words = error.response.status_code, _words(error.server_message)
-    login = "run `hf auth login` with a token that may write (https://huggingface.co/settings/tokens), or set HF_TOKEN"
     if status == 401:
         said = "does not accept this machine's token" if get_token() else "wants to know who writes, and there is no token"
-        return BuildError(str(repo), f"{shown_endpoint()} {said} (401{words})", login)
+        return BuildError(str(repo), f"{shown_endpoint()} {said} (401{words})", _LOGIN)
     if status == 403:
         owner = repo.id.split("/")[0]
         what = f"{shown_endpoint()} does not let this machine's token write there (403{words})"
-        return BuildError(str(repo), what, f"{login}; it needs the right to write to {owner}")
+        return BuildError(str(repo), what, f"{_LOGIN}; it needs the right to write to {owner}")
     if status in (404, 408, 429) or status >= 500:
         return explained(error, repo, str(repo))
     return BuildError(str(repo), f"{shown_endpoint()} refuses it ({status}{words})", f"mend what it says, {_AGAIN}")

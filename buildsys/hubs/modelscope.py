@@ -10,6 +10,7 @@ newest of those commits if the listing at that commit is the same. modelscope_fi
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from urllib.parse import urlsplit
 
 from buildsys import disk
 from buildsys.errors import BuildError
+from buildsys.hubs.silent import Unreachable, asked_once
 from buildsys.step import digest
 
 SITE = "https://modelscope.cn"
@@ -92,12 +94,13 @@ def check_revision(revision: str) -> str:
 
 
 def connect() -> Any:
-    """A client (modelscope_hub.HubApi) as the environment and `modelscope login` have set it up."""
+    """A client (modelscope_hub.HubApi) as the environment and `modelscope login` have set it up. It logs no addresses."""
     try:
         from modelscope_hub import HubApi, HubConfig
     except ImportError:
         what = "needs the package modelscope-hub, which is not installed"
         raise BuildError(site(), what, "run: pip install 'buildsys[modelscope]'") from None
+    logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
     try:
         return HubApi(HubConfig())
     except (EOFError, ValueError, AttributeError, ImportError, IndexError, KeyError):  # what unpickling damage raises
@@ -164,11 +167,26 @@ def _explained(error: Exception, where: str, unreachable: str) -> BuildError:
         return BuildError(where, "the token has a character that cannot be sent: a line end, or one outside ASCII", LOGIN)
     if isinstance(error, (errors.NetworkError, exceptions.ConnectionError, exceptions.Timeout, exceptions.ChunkedEncodingError)):
         fix = unreachable or "check the network and MODELSCOPE_ENDPOINT, then run the same command again: it goes on where it stopped"
-        return BuildError(where, f"cannot be reached, or stopped answering ({type(error).__name__})", fix)
+        kind = Unreachable if _unconnected(error) else BuildError
+        return kind(where, f"cannot be reached, or stopped answering ({type(error).__name__})", fix)
+    if isinstance(error, (exceptions.InvalidProxyURL, exceptions.InvalidSchema)):
+        what = f"cannot be asked through the proxy that is set ({type(error).__name__})"
+        fix = "set HTTPS_PROXY, HTTP_PROXY and ALL_PROXY to http://host:port, or unset them; check MODELSCOPE_ENDPOINT"
+        return BuildError(where, what, fix)
     if status is not None:
         return BuildError(where, f"refuses the request (HTTP {status}, {type(error).__name__})", f"look at {where}, and check the recipe")
     what = f"answers what its client cannot read ({type(error).__name__})"
     return BuildError(where, what, "check that MODELSCOPE_ENDPOINT names a ModelScope site, and that no proxy answers in its place")
+
+
+def _unconnected(error: BaseException) -> bool:
+    """Whether no connection was made at all, to the site or to the proxy before it."""
+    from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ProxyError
+
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, (NewConnectionError, ConnectTimeoutError, ProxyError)):
+        seen = seen.__cause__ or seen.__context__
+    return seen is not None
 
 
 # What a repository holds
@@ -186,7 +204,8 @@ def listing(repo: str, revision: str, home: Path) -> Listing:
     if known is not None:
         return Listing(repo, revision, revision, known)
     api = connect()
-    with speaking(page(repo), pinned(repo, home)):
+    pin = pinned(repo, home)
+    with asked_once(site(), page(repo), pin), speaking(page(repo), pin):
         found = look(api, repo, revision)
     if found.commit:
         _remember(note(repo, found.commit, home), found.files)

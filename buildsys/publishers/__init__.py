@@ -4,19 +4,22 @@ destination(knobs, folder) -> Path or str    where the recipe says; `folder` is 
 plan(knobs, release, to) -> lines            what `publish` would do; sends and writes nothing, may look at the other side
 publish(knobs, release, to, progress)        -> Receipt; all of the release or nothing; run again, it changes nothing
 verify(knobs, release, to, progress)         -> Receipt of what is read back, or BuildError
-rollback(knobs, digest, to, progress)        -> Receipt; makes an earlier release (its digest, or 8 digits or more of it) current
+rollback(knobs, asked, to, progress)         -> Receipt; makes an earlier release current; `asked`: what `wanted` takes
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from buildsys.errors import BuildError
 from buildsys.step import digest
 
 Progress = Callable[[str, int, int], None]
 TAG = "sha256-"
+_WANTED = re.compile(rf"(?:{TAG}(?=[0-9a-f]{{16}}))?([0-9a-f]{{8,64}})")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,15 @@ class Release:
 
 def tag(whole: str) -> str:
     return TAG + whole[:16]
+
+
+def wanted(asked: str) -> str:
+    """The digits by which a user names a release: 8 or more of its digest's; after a tag's prefix as many as a tag has, or more."""
+    found = _WANTED.fullmatch(asked)
+    if found is None:
+        fix = f"write 8 to 64 hexadecimal digits of its digest, or its tag: {TAG} and 16 digits"
+        raise BuildError(f"to={asked}", "names no release: it is neither a digest nor a tag", fix)
+    return found[1]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pydantic import Field
 from buildsys import disk
 from buildsys.digests import sha256
 from buildsys.errors import BuildError
-from buildsys.publishers import TAG, Progress, Receipt, Release
+from buildsys.publishers import Progress, Receipt, Release, wanted
 from buildsys.slots import Frozen
 from buildsys.step import digest
 
@@ -30,7 +30,7 @@ VERSION = 1
 _PIECE_BYTES = 4 << 20
 _INCOMING = "incoming"
 _LOCK = "lock"
-_FIX = "remove it, or name another publish.directory.path"
+_FIX = "name another publish.directory.path"
 
 
 class Knobs(Frozen):
@@ -40,8 +40,15 @@ class Knobs(Frozen):
 
 
 def destination(knobs: Knobs, folder: Path) -> Path:
-    """Where the recipe says, `folder` being what its paths are relative to."""
-    return Path(os.path.normpath(folder / knobs.path))
+    """Where the recipe says, `folder` being what its paths are relative to. What a build reads or keeps is no place for a release."""
+    to, folder = Path(os.path.normpath(folder / knobs.path)), Path(os.path.normpath(folder))
+    if folder.is_relative_to(to):
+        raise BuildError(str(to), "holds the recipe's own folder", _FIX)
+    workspace = next((one.parent for one in (folder, *folder.parents) if one.name == "recipes"), None)
+    for own in ("recipes", "artifacts"):
+        if workspace is not None and to.is_relative_to(workspace / own):
+            raise BuildError(str(to), f"lies in the workspace's own folder {own}/", _FIX)
+    return to
 
 
 def plan(knobs: Knobs, release: Release, to: Path) -> tuple[str, ...]:
@@ -83,16 +90,17 @@ def verify(knobs: Knobs, release: Release, to: Path, progress: Progress) -> Rece
     return Receipt(to.absolute().as_uri(), release.digest)
 
 
-def rollback(knobs: Knobs, wanted: str, to: Path, progress: Progress) -> Receipt:
+def rollback(knobs: Knobs, asked: str, to: Path, progress: Progress) -> Receipt:
     """Moves the link to an earlier version that is still there and still whole. The one that was current becomes an earlier one."""
+    digits = wanted(asked)
     if _published(to) is None:
         raise BuildError(str(to), "nothing has been published there", "publish first")
     with _telling_of_disks(to), _alone(to) as store:
         there = _versions(store)
-        found = [version for version in there if _digest(version).startswith(wanted.removeprefix(TAG))]
+        found = [version for version in there if _digest(version).startswith(digits)]
         if len({_digest(version) for version in found}) != 1:
             held = ", ".join(dict.fromkeys(_digest(version)[:16] for version in there))
-            what = f"{'no release' if not found else 'more than one release'} there begins with {wanted}; there are {held}"
+            what = f"{'no release' if not found else 'more than one release'} there begins with {digits}; there are {held}"
             raise BuildError(str(to), what, "name one of these; publish.directory.keep says how many earlier ones stay")
         version, whole = found[0], _digest(found[0])
         if (now := digest(_hashes(version, progress))) != whole:
@@ -240,6 +248,6 @@ def _differences(tree: Path, files: Mapping[str, str], progress: Progress) -> li
     found = _hashes(tree, progress)
     missing = [f"{name} is missing" for name in files if name not in found]
     changed = [
-        f"{name} has sha256 {found[name][:12]}, not {wanted[:12]}" for name, wanted in files.items() if found.get(name, wanted) != wanted
+        f"{name} has sha256 {found[name][:12]}, not {whole[:12]}" for name, whole in files.items() if found.get(name, whole) != whole
     ]
     return [*missing, *changed, *(f"{name} was not published" for name in found if name not in files)]

@@ -19,7 +19,7 @@ from buildsys.errors import BuildError
 from buildsys.hubs import hub_state, hub_write
 from buildsys.hubs.hub_download import digests
 from buildsys.hubs.hub_repo import Listing, Repo, check_id, check_revision
-from buildsys.publishers import TAG, Progress, Receipt, Release, tag
+from buildsys.publishers import TAG, Progress, Receipt, Release, tag, wanted
 from buildsys.slots import Frozen
 from buildsys.step import digest
 
@@ -80,6 +80,7 @@ def plan(knobs: Knobs, release: Release, to: str) -> tuple[str, ...]:
     there = _look(knobs, release.tag)
     tagging = () if knobs.pull_request else (f"tag it {release.tag}",)
     if there is None or not there.listing.commit:
+        hub_write.refuse_reader(_repo(knobs), knobs.pull_request)
         kind = "private" if knobs.private else "public"
         made = f"branch {knobs.branch}" if there else f"{kind} repository {knobs.repo}; this machine's token sees none of that name"
         return (f"make the {made}", *(_line("add", release, name) for name in release.files), *tagging)
@@ -88,6 +89,7 @@ def plan(knobs: Knobs, release: Release, to: str) -> tuple[str, ...]:
     if not changes:
         return (f"{there.repo} already holds these {len(release.files)} files; read them back, send nothing",)
     _refuse_foreign(knobs, there, changes, to)
+    hub_write.refuse_reader(there.repo, knobs.pull_request)
     proposed = knobs.pull_request and not there.request
     lines = [f"a pull request for {knobs.branch}:" if proposed else f"one commit on {there.repo.revision}:"]
     lines += [_line("replace" if name in there.listing.files else "add", release, name) for name in changes.put]
@@ -119,16 +121,16 @@ def verify(knobs: Knobs, release: Release, to: str, progress: Progress) -> Recei
     return Receipt(_url(knobs, release.digest, there), release.digest)
 
 
-def rollback(knobs: Knobs, wanted: str, to: str, progress: Progress) -> Receipt:
-    """A commit on top that brings back the files of the release whose digest begins with `wanted`, after they were read and found whole."""
-    wanted = wanted.removeprefix(TAG)
-    short, commit = _released(_present(knobs, "", to), wanted, to)
+def rollback(knobs: Knobs, asked: str, to: str, progress: Progress) -> Receipt:
+    """A commit on top that brings back the files of the release that was asked for, after they were read and found whole."""
+    digits = wanted(asked)
+    short, commit = _released(_present(knobs, "", to), digits, to)
     there = _present(knobs, TAG + short, to)
     earlier = hub_state.held(there.repo, commit)
     etags = {name: file.etag for name, file in earlier.files.items() if not _kept(knobs, name)}
     whole = digest(_hashes(knobs, earlier, etags, progress))
-    if not (whole.startswith(short) and whole.startswith(wanted)):
-        what = f"what is at {TAG}{short} has the digest {whole}, not {max(short, wanted, key=len)}: it was altered since"
+    if not (whole.startswith(short) and whole.startswith(digits)):
+        what = f"what is at {TAG}{short} has the digest {whole}, not {max(short, digits, key=len)}: it was altered since"
         raise BuildError(to, what, "name another release, or publish this one again")
 
     def compare(listing: Listing) -> _Changes:
@@ -250,12 +252,12 @@ def _releases(there: _There) -> dict[str, str]:
     return named | tagged
 
 
-def _released(there: _There, wanted: str, to: str) -> tuple[str, str]:
+def _released(there: _There, digits: str, to: str) -> tuple[str, str]:
     known = _releases(there)
-    found = [short for short in known if wanted and short.startswith(wanted[:16])]
+    found = [short for short in known if short.startswith(digits[:16])]
     if len(found) != 1:
         what = (
-            f"{'no release' if not found else 'more than one release'} there begins with {wanted}; there are {', '.join(known) or 'none'}"
+            f"{'no release' if not found else 'more than one release'} there begins with {digits}; there are {', '.join(known) or 'none'}"
         )
         raise BuildError(to, what, "name one of these" if known else "publish first")
     return found[0], known[found[0]]

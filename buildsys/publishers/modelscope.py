@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 from buildsys.errors import BuildError
 from buildsys.hubs import modelscope, modelscope_commit, modelscope_files
 from buildsys.hubs.modelscope import Listing, speaking
-from buildsys.publishers import TAG, Progress, Receipt, Release, tag
+from buildsys.publishers import TAG, Progress, Receipt, Release, tag, wanted
 from buildsys.slots import Frozen
 from buildsys.step import digest as digest_of
 
@@ -25,6 +25,7 @@ VERSION = 1
 
 OWN = frozenset({".gitattributes", "configuration.json"})
 """What the hub writes into a repository itself: not dropped, and no part of a release that does not name it."""
+OF_A_NEW_REPOSITORY = OWN | {"README.md"}
 END_BYTES = 64 << 10
 
 
@@ -35,6 +36,8 @@ class Knobs(Frozen):
     license: str = Field(
         default="Other", description="what the page of a repository that is made here says; the model card says it in full"
     )
+
+    replace: bool = Field(default=False, description="drop and replace files even where nothing was published before")
 
     @field_validator("repo")
     @classmethod
@@ -61,7 +64,8 @@ def plan(knobs: Knobs, release: Release, to: str) -> tuple[str, ...]:
             kind = "private" if knobs.private else "public"
             return (f"make the {kind} repository {to}", *(f"add {name} ({release.sizes[name]:,} bytes)" for name in release.files))
         tagged = _tagged(api, knobs, release)
-    changed, drop = _difference(now, release.files)
+        changed, drop = _difference(now, release.files)
+        _refuse_foreign(api, knobs, now, [*changed, *drop])
     if not changed and not drop:
         return (
             f"{to} at {knobs.branch} already holds {len(release.files)} equal files; read them back{'' if tagged else ', set the tag'}",
@@ -80,6 +84,7 @@ def publish(knobs: Knobs, release: Release, to: str, progress: Progress) -> Rece
         tagged = _tagged(api, knobs, release)
         changed, drop = _difference(now, release.files)
         if changed or drop:
+            _refuse_foreign(api, knobs, now, [*changed, *drop])
             changes = [modelscope_commit.from_tree(release.tree, name, release.sizes[name], release.files[name]) for name in changed]
             modelscope_commit.upload(api, knobs.repo, changes, _bytes("upload", changes, progress))
             modelscope_commit.commit(api, knobs.repo, knobs.branch, changes, drop, f"Publish {release.name}, {release.tag}")
@@ -102,16 +107,19 @@ def verify(knobs: Knobs, release: Release, to: str, progress: Progress) -> Recei
     return _receipt(to, release.digest)
 
 
-def rollback(knobs: Knobs, digest: str, to: str, progress: Progress) -> Receipt:
+def rollback(knobs: Knobs, asked: str, to: str, progress: Progress) -> Receipt:
     """A commit on top that holds what the tag of an earlier release holds."""
+    digits = wanted(asked)
     with speaking(to):
         api = _login(to)
         now = _now(api, knobs)
         if now is None:
             raise BuildError(to, "is not there (404), so there is nothing to go back to", "publish first")
-        named = _find(api, knobs, digest, to)
+        named = _find(api, knobs, digits, to)
         old = modelscope.look(api, knobs.repo, named)
         files = _released(old, named)
+        if not (whole := digest_of(files)).startswith(digits):
+            raise BuildError(to, f"{named} holds the release {whole}, not {digits}", "name the release that you mean")
         changed, drop = _difference(now, files)
         if changed or drop:
             sizes = {name: old.files[name].size for name in changed}
@@ -120,7 +128,7 @@ def rollback(knobs: Knobs, digest: str, to: str, progress: Progress) -> Receipt:
             modelscope_commit.commit(api, knobs.repo, knobs.branch, changes, drop, f"Roll back to {named}")
             now = _clean(modelscope.look(api, knobs.repo, knobs.branch), files)
         _read_back(api, now, files, progress)
-    return _receipt(to, digest_of(files))
+    return _receipt(to, whole)
 
 
 def _receipt(to: str, whole: str) -> Receipt:
@@ -161,6 +169,15 @@ def _difference(now: Listing, files: Mapping[str, str]) -> tuple[list[str], list
     return changed, sorted(now.files.keys() - files.keys() - OWN)
 
 
+def _refuse_foreign(api: Any, knobs: Knobs, now: Listing, touched: list[str]) -> None:
+    """Files that no publish brought are not dropped or replaced, unless the recipe says so."""
+    lost = [name for name in touched if name in now.files and name not in OF_A_NEW_REPOSITORY]
+    if lost and not knobs.replace and not _tags(api, knobs):
+        more = f" … and {len(lost) - 3} more" if lost[3:] else ""
+        what = f"holds {', '.join(lost[:3])}{more}, and no release of ours; publishing would drop or replace them"
+        raise BuildError(now.where, what, "name another repository, or set publish.modelscope.replace: true")
+
+
 def _clean(now: Listing, files: Mapping[str, str]) -> Listing:
     """`now` itself, if it holds these files alone."""
     changed, foreign = _difference(now, files)
@@ -192,14 +209,14 @@ def _tags(api: Any, knobs: Knobs) -> list[str]:
     return sorted(name for one in tags if (name := str(one.get("Revision"))).startswith(TAG))
 
 
-def _find(api: Any, knobs: Knobs, digest: str, to: str) -> str:
+def _find(api: Any, knobs: Knobs, digits: str, to: str) -> str:
     """The tag of a release, from its digest or the first digits of it."""
     tags = _tags(api, knobs)
-    found = [name for name in tags if len(digest) >= 8 and name.startswith(TAG + digest[:16])]
+    found = [name for name in tags if name.startswith(TAG + digits[:16])]
     if len(found) == 1:
         return found[0]
     there = ", ".join(name.removeprefix(TAG) for name in tags) or "none"
-    what = f"{'several releases have' if found else 'no release has'} the digest {digest[:16]}; there are {there}"
+    what = f"{'several releases have' if found else 'no release has'} the digest {digits[:16]}; there are {there}"
     raise BuildError(to, what, "name one of these, by 8 digits or more")
 
 

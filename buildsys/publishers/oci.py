@@ -20,7 +20,7 @@ from pydantic import Field, StrictBool, StrictInt, field_validator
 
 from buildsys.console import size
 from buildsys.errors import BuildError
-from buildsys.publishers import TAG, Progress, Receipt, Release, tag
+from buildsys.publishers import TAG, Progress, Receipt, Release, tag, wanted
 from buildsys.slots import Frozen
 from buildsys.step import digest
 
@@ -116,15 +116,18 @@ def verify(knobs: Knobs, release: Release, to: str, progress: Progress) -> Recei
     return _receipt(knobs, made, release.digest)
 
 
-def rollback(knobs: Knobs, digest: str, to: str, progress: Progress) -> Receipt:
+def rollback(knobs: Knobs, asked: str, to: str, progress: Progress) -> Receipt:
     """Moves the tag to the release of that digest, which stands in the registry under a tag of its own, once it has been read back."""
+    digits = wanted(asked)
     with _open(knobs) as registry:
         before = _current(registry, knobs)
-        name = _named(registry, digest, to)
+        name = _named(registry, digits, to)
         found = registry.manifest(name)
         files = _files(found) if found is not None else {}
         whole = _digest(files)
-        if found is None or tag(whole) != name or not whole.startswith(digest):
+        if found is not None and tag(whole) == name and not whole.startswith(digits):
+            raise BuildError(to, f"{name} holds the release {whole}, not {digits}", "name the release that you mean")
+        if found is None or tag(whole) != name:
             what = f"{name} holds files of another digest, {whole[:16]}: somebody moved that tag"
             raise BuildError(to, what, "roll back to another release, or publish again")
         made = _document(found.raw)
@@ -133,13 +136,13 @@ def rollback(knobs: Knobs, digest: str, to: str, progress: Progress) -> Receipt:
     return _receipt(knobs, made, whole)
 
 
-def _named(registry: Registry, digest: str, to: str) -> str:
+def _named(registry: Registry, digits: str, to: str) -> str:
     """The tag of the one release whose digest starts so."""
     there = sorted(name for name in registry.tags() if RELEASES.fullmatch(name))
-    found = [name for name in there if name.removeprefix(TAG).startswith(digest[:16])]
-    if not re.fullmatch(r"[0-9a-f]{8,64}", digest) or len(found) != 1:
+    found = [name for name in there if name.removeprefix(TAG).startswith(digits[:16])]
+    if len(found) != 1:
         listed = ", ".join(name.removeprefix(TAG) for name in there) or "none"
-        what = f"holds {'no release' if not found else 'several releases'} of digest {digest}; there are: {listed}"
+        what = f"holds {'no release' if not found else 'several releases'} of digest {digits}; there are: {listed}"
         raise BuildError(to, what, "name one of these by its first 8 digits or more" if there else "publish one first")
     return found[0]
 

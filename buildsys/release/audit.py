@@ -7,14 +7,14 @@ altered bit shows; of a stranger's folder it says what can be seen, and what cou
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from buildsys.errors import BuildError
 from buildsys.release import bundle, contents, signing
 from buildsys.release.contents import Said
-from buildsys.release.folder import AGAIN, Folder, Progress, content, differences, hashes, in_cache, json_object, walk
+from buildsys.release.folder import AGAIN, Folder, Progress, content, differences, hashes, in_cache, json_object, merged, walk
 from buildsys.release.provenance import (
     BUILD_TYPE,
     ENVELOPE,
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 64 << 20
 MAX_SHOWN = 600
+SHOWN = 16  # digits of a key, as a build shows them
+HUBS_OWN, NAMES_CODE = "configuration.json", ("plugins", "allow_remote")
 GIVE = "give key=PUBLIC.pem"
 ASK = "ask its publisher for a signed release, or leave key= away"
 
@@ -73,16 +75,19 @@ class _Case:
         return self.has(STATEMENT, ENVELOPE, RECIPE, MEASUREMENTS, INPUTS)
 
 
-def audit(folder: Path, key: Path | None, progress: Progress) -> Audit:
-    """Everything that can be known of the folder without a network. Raises BuildError where there is no folder, or no key in `key`."""
+def audit(folder: Path, key: Path | None, progress: Progress, called: str | None = None) -> Audit:
+    """Everything that can be known of the folder without a network. Raises BuildError where there is no folder, or no key in `key`.
+
+    `called`: the folder's name in findings, where the user has given it another than its path.
+    """
     public = signing.public_key(key) if key is not None else None
-    found = walk(folder)
+    found = _without_the_hubs_own(walk(folder))
     if not found.files and not found.findings:
         raise BuildError(str(folder), "holds no files", "name the folder that holds config.json and *.safetensors")
     there, unread = hashes(found.files, progress)
     case = _Case(found, there, public)
     said: list[Said] = [*found.findings, *unread]
-    parts = (_links, _digests, _signature, _statement)
+    parts = (_links, _digests, _statement, _signature)
     for part in (*(part(case) for part in parts), contents.safety(found), contents.tensors(found), contents.weights(found, progress)):
         try:
             said.extend(part)
@@ -93,7 +98,26 @@ def audit(folder: Path, key: Path | None, progress: Progress) -> Audit:
     if found.ignored:
         said.append(f"ignored     {', '.join(found.ignored)}: hubs and their clients add these")
     lines = tuple(_plain(one) for one in said if isinstance(one, str))
-    return Audit(lines, _merged([one for one in said if isinstance(one, BuildError)]))
+    findings = merged(one for one in said if isinstance(one, BuildError))
+    return Audit(lines, tuple(_shown(one, str(folder), called) for one in findings))
+
+
+def _without_the_hubs_own(found: Folder) -> Folder:
+    """ModelScope writes a configuration.json into each repository: no file of a release that does not list it, unless it names code."""
+    if HUBS_OWN not in found.files or not (SUMS in found.files or SIGNATURE in found.files):
+        return found
+    try:
+        lists = [
+            parse_sums(content(found.files[SUMS], MAX_BYTES), SUMS) if SUMS in found.files else {},
+            bundle.read_bundle(content(found.files[SIGNATURE], MAX_BYTES), SIGNATURE).files if SIGNATURE in found.files else {},
+        ]
+        said = json_object(content(found.files[HUBS_OWN], MAX_BYTES), HUBS_OWN)
+    except BuildError:
+        return found  # of lists that cannot be read the others tell
+    if HUBS_OWN in found.links or any(HUBS_OWN in listed for listed in lists) or any(said.get(name) for name in NAMES_CODE):
+        return found
+    files = {name: path for name, path in found.files.items() if name != HUBS_OWN}
+    return replace(found, files=files, ignored=tuple(sorted((*found.ignored, HUBS_OWN))))
 
 
 def _links(case: _Case) -> Iterator[Said]:
@@ -158,11 +182,11 @@ def _signature(case: _Case) -> Iterator[Said]:
             signing.verify_bundle(signed, case.public, case.where(SIGNATURE))
         except BuildError as error:
             found.append(error)
-        yield from found or [f"signature   {len(signed.files)} files, signed by the key {signing.hint(case.public)}"]
+        yield from found or [f"signature   {len(signed.files)} files, signed by the key {signing.hint(case.public)[:SHOWN]}"]
         return
     yield from found
     if signed.signed_by == "key":
-        yield f"signature   signed, not checked: {GIVE} (it names the key {signed.envelope.hint})"
+        yield f"signature   signed, not checked: {GIVE} (it names the key {signed.envelope.hint[:SHOWN]})"
     else:
         yield f"signature   signed with a {signed.signed_by}, not checked: see `model_signing verify --help`"
 
@@ -273,15 +297,10 @@ def _at(said: Any, *path: str) -> Any:
     return said
 
 
-def _merged(findings: list[BuildError]) -> tuple[BuildError, ...]:
-    """One finding a file."""
-    found: dict[str, list[BuildError]] = {}
-    for one in findings:
-        found.setdefault(one.where, []).append(one)
-    return tuple(
-        BuildError(_plain(where), _plain("; ".join(dict.fromkeys(one.what for one in group))), _plain(group[0].fix))
-        for where, group in found.items()
-    )
+def _shown(one: BuildError, root: str, called: str | None) -> BuildError:
+    """As a user reads it: the folder is called as he called it."""
+    where = called + one.where.removeprefix(root) if called is not None and one.where.startswith(root) else one.where
+    return BuildError(_plain(where), _plain(one.what), _plain(one.fix))
 
 
 def _plain(text: str) -> str:

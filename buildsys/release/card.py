@@ -1,7 +1,7 @@
 """README.md of a release: the model card that hubs show, written from what was built and measured, never from hopes.
 
-Front matter: Hugging Face, "Model Cards" (huggingface.co/docs/hub/model-cards). The text is a function of the recipe and its measurements
-alone: equal builds have equal cards. Every string that a model or a recipe brings along is escaped.
+Front matter: Hugging Face, "Model Cards" (huggingface.co/docs/hub/model-cards). The text is a function of what was built and
+measured alone: equal builds have equal cards. Every string that a model or a recipe brings along is escaped.
 """
 
 from __future__ import annotations
@@ -40,6 +40,13 @@ LICENSES: Mapping[str, str] = {
 LICENSE_FILE = re.compile(r"LICEN[SC]E(\.(txt|md))?", re.IGNORECASE)
 READ_ELSEWHERE = ("awq", "gptq", "compressed-tensors")
 """Values of `quant_method` that vLLM and transformers load too."""
+VERIFY: Mapping[str, str] = {
+    "pip install 'buildsys[signing]'": "once",
+    "python -m buildsys verify --path .": "every file against its digests; names what it could not check",
+    "python -m buildsys verify --path . --key PUBLIC.pem": "the signatures too",
+    "sha256sum -c SHA256SUMS": "without buildsys",
+}
+"""How to check a release, in its folder -> what that does. `doit` would need a checkout around it."""
 STATES: Mapping[str, str] = {"passed": "passed", "failed": "**failed**", "skipped": "*skipped: not checked*"}
 
 
@@ -231,9 +238,7 @@ def _provenance(facts: Facts) -> Iterator[str]:
         "Whether it is signed shows in the folder: `model.sig` and `provenance/statement.intoto.jsonl` are there if it is."
     )
     yield ""
-    commands = ("doit verify path=.                 # every file against its digests; names what it could not check",)
-    signed = ("doit verify path=. key=PUBLIC.pem  # the signatures too", "sha256sum -c SHA256SUMS            # without buildsys")
-    yield from _fence("\n".join((*commands, *signed)), "sh")
+    yield from _fence("\n".join(f"{command:<52} # {does}" for command, does in VERIFY.items()), "sh")
     yield ""
     yield f"Artifact `{facts.artifact.digest()}`, step `{facts.artifact.key}`."
 
@@ -254,11 +259,16 @@ def _flags(settings: Mapping[str, Any]) -> str:
 
 
 def _source(facts: Facts) -> str:
-    source, how = facts.plan.recipe.source, facts.plan.source.how
+    """The repository and the commit that was fetched, be it another than the recipe's branch leads to by now."""
+    source, hints = facts.plan.recipe.source, facts.source.hints
     repo = _knob(source, "repo")
     if repo is None:
         return "A model of the builder's own"
-    return f"{repo} at {how.get('commit') or _knob(source, 'revision') or 'an unnamed revision'}"
+    how, pin = hints.get("how") or {}, str(hints.get("pin") or "")
+    if how.get("commit"):
+        return f"{how.get('repo') or repo} at {how['commit']}"
+    asked = f"{repo} at {_knob(source, 'revision') or 'an unnamed revision'}"
+    return asked if asked.startswith(pin) else pin  # of a commit that the recipe spells out, all digits
 
 
 def _class(facts: Facts) -> str:

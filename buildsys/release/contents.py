@@ -15,6 +15,7 @@ from typing import Any
 from buildsys.architecture import Architecture, Linear
 from buildsys.errors import BuildError
 from buildsys.io import headers
+from buildsys.release import pickles
 from buildsys.release.folder import AGAIN, Folder, Progress, content, is_pointer, json_object
 from buildsys.slots import modules
 from buildsys.survey import IGNORED, describe
@@ -32,10 +33,12 @@ MAPPING = (CONFIG, "tokenizer_config.json", "processor_config.json", "preprocess
 def safety(folder: Folder) -> Iterator[Said]:
     """Files that can run code when somebody opens them, and what stands in the place of a file."""
     for name, path in folder.files.items():
-        if _one_of(name, PICKLES):
-            yield BuildError(str(path), "is a pickle, which can run code when it is opened", "remove it; weights belong in *.safetensors")
+        if _one_of(name, PICKLES) and (what := pickles.found(path)) is not None:
+            yield BuildError(str(path), f"{what}, which can run code when it is opened", "remove it; weights belong in *.safetensors")
         elif not name.endswith(".safetensors") and is_pointer(path):
             yield BuildError(str(path), "is a pointer that Git LFS left, not the file", f"run: git -C {folder.root} lfs pull")
+        elif _one_of(name, PICKLES):
+            yield f"code        {name} has a pickle's name, and does not begin as one"
     mapped = []
     for name in MAPPING:
         if name in folder.files:
@@ -64,6 +67,10 @@ def tensors(folder: Folder) -> Iterator[Said]:
             yield error
         except OSError as error:
             yield BuildError(str(folder.files[name]), f"cannot be read: {error.strerror}", AGAIN)
+    if not names and CONFIG not in folder.files:
+        what = f"holds no model: neither {CONFIG} nor *.safetensors is there"
+        yield BuildError(str(folder.root), what, f"name the folder that holds {CONFIG} and *.safetensors")
+        return
     yield f"tensors     {count} in {len(names)} safetensors files" if names else "tensors     no safetensors file: no weights were checked"
 
 

@@ -25,6 +25,17 @@ class Ran:
         said: Mapping[str, Any] = self.output.meta.get("built", {})
         return said
 
+    @property
+    def title(self) -> str:
+        """What it was called when it ran."""
+        return str(self.built.get("title") or self.step.title)
+
+    @property
+    def hints(self) -> Mapping[str, Any]:
+        """Where a fetch had its files from. A branch may have moved on to another commit with equal files: that is not what ran."""
+        said: Mapping[str, Any] = self.built.get("hints") or self.step.hints
+        return said
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -43,6 +54,11 @@ class Facts:
 
     def ran(self, step: Step) -> Ran:
         return next(ran for ran in self.steps if ran.step == step)
+
+    @property
+    def source(self) -> Ran:
+        """The fetch that brought the model."""
+        return self.ran(next(need.step for need in self.plan.artifact.needs if need.role == "source"))
 
     def of_kind(self, kind: str) -> tuple[Ran, ...]:
         return tuple(ran for ran in self.steps if ran.step.kind == kind)

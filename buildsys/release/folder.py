@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,15 +140,38 @@ def _count(digits: str) -> int:
     return int(digits)
 
 
-def differences(listed: Mapping[str, str], there: Mapping[str, str], by: str, root: Path) -> Iterator[BuildError]:
+class Differs(BuildError):
+    """A file that is not what some lists say; those that find the same of it are named in one sentence (see `merged`)."""
+
+    def __init__(self, where: str, how: str, by: tuple[str, ...]) -> None:
+        super().__init__(where, how.format(", ".join(name.rpartition("/")[2] for name in by)), AGAIN)
+        self.how, self.by = how, by
+
+
+def differences(listed: Mapping[str, str], there: Mapping[str, str], by: str, root: Path) -> Iterator[Differs]:
     """Where files (name -> sha256) are not those that `by` lists."""
     for name in sorted(listed.keys() | there.keys()):
         if name not in there:
-            yield BuildError(str(root / name), f"is missing; {by} lists it", AGAIN)
+            yield Differs(str(root / name), "is missing (listed in {})", (by,))
         elif name not in listed:
-            yield BuildError(str(root / name), f"was added; {by} does not list it", AGAIN)
+            yield Differs(str(root / name), "was added (not listed in {})", (by,))
         elif listed[name] != there[name]:
-            yield BuildError(str(root / name), f"was changed: sha256 {there[name][:12]}…, {by} says {listed[name][:12]}…", AGAIN)
+            yield Differs(str(root / name), f"was changed ({{}}): sha256 {there[name][:12]}…, not {listed[name][:12]}…", (by,))
+
+
+def merged(findings: Iterable[BuildError]) -> tuple[BuildError, ...]:
+    """One finding a file, which says each thing once."""
+    found: dict[str, dict[str, BuildError]] = {}
+    for one in findings:
+        said = found.setdefault(one.where, {})
+        how = one.how if isinstance(one, Differs) else one.what
+        before = said.get(how)
+        if isinstance(one, Differs) and isinstance(before, Differs):
+            said[how] = Differs(one.where, how, tuple(dict.fromkeys((*before.by, *one.by))))
+        else:
+            said[how] = one
+    whole = {where: tuple(said.values()) for where, said in found.items()}
+    return tuple(BuildError(where, "; ".join(one.what for one in said), said[0].fix) for where, said in whole.items())
 
 
 def is_pointer(path: Path) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from buildsys.errors import BuildError
 from buildsys.release.resolved import resolved, text
 from buildsys.slots import modules
-from buildsys.step import KEY_FORMAT, Step, digest
+from buildsys.step import KEY_FORMAT, digest
 
 if TYPE_CHECKING:
     from buildsys.measurement import Measurement
@@ -102,15 +102,11 @@ def _number(value: float) -> float | str:
 
 def inputs(facts: Facts) -> dict[str, Any]:
     """Files by digest and where they came from, token windows, and each step with its tools, machine and time."""
-    found: dict[str, Any] = {"source": _files(_source(facts))}
+    found: dict[str, Any] = {"source": _files(facts.source)}
     for role, tokens in _texts(facts).items():
         said = {key: tokens.step.knobs.get(key) for key in ("samples", "seqlen", "seed")}
         found[role] = {"windows": said | {"digest": tokens.output.digest()}, "text": _text(facts, tokens)}
     return found | {"steps": [_step(ran) for ran in facts.steps], "tools": _tools(facts)}
-
-
-def _source(facts: Facts) -> Ran:
-    return facts.ran(next(need.step for need in facts.plan.artifact.needs if need.role == "source"))
 
 
 def _texts(facts: Facts) -> dict[str, Ran]:
@@ -126,15 +122,16 @@ def _text(facts: Facts, tokens: Ran) -> dict[str, Any]:
 
 def _files(fetched: Ran) -> dict[str, Any]:
     files = {name: {"sha256": file.sha256, "size": file.size} for name, file in fetched.output.files.items()}
-    return {"from": _whence(fetched.step), "files": files}
+    return {"from": _whence(fetched), "files": files}
 
 
-def _whence(fetch: Step) -> dict[str, str]:
+def _whence(fetched: Ran) -> dict[str, str]:
     """A hub, a repository and a commit; of a folder, no more than that it was one."""
-    how, pin = fetch.hints.get("how") or {}, fetch.hints.get("pin")
+    hints = fetched.hints
+    how, pin = hints.get("how") or {}, hints.get("pin")
     told = {key: str(how[key]) for key in ("kind", "repo", "commit", "revision") if how.get(key)}
     told |= {"pin": str(pin)} if pin and not told else {}  # small files are here as soon as they are planned: nothing is fetched
-    return {"place": str(how.get("hub") or fetch.hints.get("module", "hub")), **told} if told else {"place": "local"}
+    return {"place": str(how.get("hub") or hints.get("module", "hub")), **told} if told else {"place": "local"}
 
 
 def _step(ran: Ran) -> dict[str, Any]:
@@ -142,7 +139,7 @@ def _step(ran: Ran) -> dict[str, Any]:
     said = {key: built[key] for key in ("began", "ended", "seconds", "versions") if key in built}
     known = {**built.get("machine", {}), **{key: built[key] for key in ("device", "gpu") if key in built}}
     machine = {key: known[key] for key in _MACHINE if key in known}
-    return {"kind": ran.step.kind, "title": ran.step.title, "key": ran.output.key, "output": ran.output.digest(), "machine": machine} | said
+    return {"kind": ran.step.kind, "title": ran.title, "key": ran.output.key, "output": ran.output.digest(), "machine": machine} | said
 
 
 def _tools(facts: Facts) -> dict[str, str]:
@@ -173,7 +170,7 @@ def statement(facts: Facts, files: Mapping[str, str], sizes: Mapping[str, int]) 
 
 def _dependencies(facts: Facts) -> Iterator[dict[str, Any]]:
     """A ResourceDescriptor for each file that was read. Calibration and verify may share one: it is an input twice."""
-    read = {"source": _files(_source(facts))} | {role: _text(facts, tokens) for role, tokens in _texts(facts).items()}
+    read = {"source": _files(facts.source)} | {role: _text(facts, tokens) for role, tokens in _texts(facts).items()}
     for role, held in read.items():
         whence = held["from"]
         for name, file in sorted(held["files"].items()):

@@ -61,6 +61,7 @@ def _commit(store: Store, key: str, artifact: Artifact, written: Mapping[str, by
         found = store.find(key)
         if found is not None:
             return found
+        store.drop(key)  # what a killed run left there may be read-only blobs already
         stage = store.stage(key)
         for name, raw in written.items():
             with disk.writing(stage / name):

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from buildsys.errors import BuildError, BuildErrors
 from buildsys.release import bundle
-from buildsys.release.folder import content, differences, hashes, walk
+from buildsys.release.folder import content, differences, hashes, merged, walk
 from buildsys.release.provenance import ENVELOPE, SIGNATURE, STATEMENT
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ OTHER_KINDS = {
 }
 """What shows in a file, and what the file is then. In base64 nothing of this can show."""
 MAX_KEY_BYTES = 64 << 10
+NEEDED = ("model_signing.hashing", "model_signing.manifest", "model_signing.signing", "securesystemslib.dsse", "securesystemslib.signer")
 
 _KNOWN = " or ".join(CURVES.values())
 _MAKE = "make a right one: openssl ecparam -genkey -name prime256v1 -noout -out key.pem"
@@ -56,6 +58,7 @@ class Signer:
         """The key in a PEM file. `password` is used if the key is encrypted, and only then."""
         raw = _pem(path)
         _refuse_other_kinds(path, raw, private=True)
+        _refuse_open_to_others(path)
         encrypted = b"BEGIN ENCRYPTED " in raw or b"4,ENCRYPTED" in raw
         if encrypted and not password:
             fix = f"set {PASSWORD} to its password, or name a key without one"
@@ -107,11 +110,18 @@ class Signer:
 def signer(said: Mapping[str, str]) -> Signer | None:
     """The signer that `key=FILE` or BUILDSYS_SIGNING_KEY names; None where nobody asked to sign."""
     named = said.get("key") or os.environ.get(KEY)
-    return Signer.read(Path(named).expanduser(), os.environ.get(PASSWORD, "")) if named else None
+    if named is None:
+        return None
+    if not named.strip():  # in CI: a secret that is not there. Nobody wants a release that is unsigned by accident.
+        raise BuildError(KEY, "is empty", "unset it, or name a key file")
+    for module in NEEDED:
+        _load(module)  # what is missing is told now, and not when all is built
+    return Signer.read(Path(named).expanduser(), os.environ.get(PASSWORD, ""))
 
 
 def public_key(path: Path) -> EllipticCurvePublicKey:
     """The key that signatures are checked with."""
+    path = path.expanduser()
     raw = _pem(path)
     _refuse_other_kinds(path, raw, private=False)
     try:
@@ -158,7 +168,7 @@ def verify_model(folder: Path, public: EllipticCurvePublicKey) -> None:
     signed = bundle.read_bundle(content(found.files[SIGNATURE], bundle.MAX_BYTES), where)
     verify_bundle(signed, public, where)
     there, unread = hashes({name: path for name, path in found.files.items() if name != SIGNATURE})
-    wrong = (*found.findings, *unread, *differences(signed.files, there, SIGNATURE, folder))
+    wrong = merged((*found.findings, *unread, *differences(signed.files, there, SIGNATURE, folder)))
     if wrong:
         raise BuildErrors(list(wrong))
 
@@ -211,6 +221,14 @@ def _refuse_other_kinds(path: Path, raw: bytes, private: bool) -> None:
     if len(raw) > MAX_KEY_BYTES or b"-----BEGIN " not in raw:
         what = f"is no PEM file: -----BEGIN {'PRIVATE' if private else 'PUBLIC'} KEY----- is not in it"
         raise BuildError(str(path), what if raw else "is empty", f"turn a DER file into PEM: openssl ec -inform DER; or {_MAKE}")
+
+
+def _refuse_open_to_others(path: Path) -> None:
+    """As ssh has it: one's own private key is for oneself. Another's (a secret that a system mounts, say) is that one's to care for."""
+    about = path.stat()
+    if about.st_uid == os.getuid() and about.st_mode & 0o077:
+        what = f"is a private key that other users can reach (mode {about.st_mode & 0o777:04o})"
+        raise BuildError(str(path), what, f"run: chmod 600 {shlex.quote(str(path))}")
 
 
 def _check_curve(path: Path, key: Any) -> None:

@@ -143,7 +143,7 @@ def steps(facts: Facts) -> list[dict[str, Any]]:
     return [
         {
             "kind": ran.step.kind,
-            "title": ran.step.title,
+            "title": ran.title,
             "took": in_seconds(seconds) if "seconds" in ran.built else "not recorded",
             "bar": plots.share(seconds, whole),
             "key": ran.output.key,

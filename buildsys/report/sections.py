@@ -226,7 +226,7 @@ def memory(facts: Facts) -> Memory | None:
 def inputs(facts: Facts) -> Iterator[tuple[str, str, int, str]]:
     """Every file that was fetched: which input, name, bytes, sha256."""
     for ran in facts.of_kind("fetch"):
-        yield from ((ran.step.title, name, file.size, file.sha256) for name, file in ran.output.files.items())
+        yield from ((ran.title, name, file.size, file.sha256) for name, file in ran.output.files.items())
 
 
 def versions(facts: Facts) -> dict[str, str]:

@@ -41,14 +41,12 @@ def locate(knobs: Knobs, folder: Path, home: Path) -> Located:
     """The files that make the model at the commit that the revision points to now: small ones here, of the weights the headers."""
     repo = hub.Repo("model", knobs.repo, knobs.revision)
     listing = hub.listing(repo, home)
-    try:
-        return hub.locate(listing, _model(listing, home), home, READ)
-    except BuildError as error:
-        if listing.whole:
-            raise
-        # Offline, what is missing in the cache cannot be told from what the repository does not have.
-        fix = f"while online, run `{repo.download}`; or unset HF_HUB_OFFLINE"
-        raise BuildError(error.where, f"{error.what}; the cache may hold a part of it, and HF_HUB_OFFLINE is set", fix) from None
+    if not listing.whole:
+        # What the cache lacks cannot be told from what the repository does not have: without it this may be another model.
+        what = "HF_HUB_OFFLINE is set, and nothing tells whether the shared cache has all of its files"
+        local = f"run `{repo.download}` and name the folder that it prints: `source: {{local: {{path: FOLDER, outside: true}}}}`"
+        raise BuildError(str(repo), what, f"while online, plan once (it is remembered), or {local}")
+    return hub.locate(listing, _model(listing, home), home, READ)
 
 
 def _model(listing: hub.Listing, home: Path) -> list[str]:

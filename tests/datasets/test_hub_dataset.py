@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hubserver import HubServer
+from huggingface_hub import snapshot_download
 from pydantic import ValidationError
 
 from buildsys.datasets import hub_dataset
@@ -120,14 +121,26 @@ def test_offline_half_a_dataset_is_no_dataset(hub: HubServer, tmp_path: Path, of
     commit = hub.add("dataset", REPO, FILES)
     read(Knobs(repo=REPO, revision=commit, field="body", files=("held/*",)), tmp_path)
     offline()
-    for knobs in ({}, {"files": ("held/*",)}):
-        with pytest.raises(BuildError, match=r"offline, and nothing tells.*\n.*path:"):
-            hub_dataset.locate(Knobs(repo=REPO, revision=commit, field="body", **knobs), tmp_path, tmp_path / "new home")
+    with pytest.raises(BuildError, match=r"offline, and nothing tells.*\n.*path:"):
+        hub_dataset.locate(Knobs(repo=REPO, revision=commit, files=("held/*",)), tmp_path, tmp_path / "new home")
     with pytest.raises(BuildError) as caught:
         hub_dataset.locate(Knobs(repo=REPO, revision=commit, split="validation"), tmp_path, tmp_path / "new home")
     assert f"hf download {REPO} --repo-type dataset --revision {commit}" in caught.value.fix
     named = Knobs(repo=REPO, revision=commit, field="body", files=("held/x.jsonl.zst",))
     assert set(hub_dataset.locate(named, tmp_path, tmp_path / "new home").sha256) == {"held/x.jsonl.zst"}
+
+
+def test_offline_without_the_card_nothing_tells_what_a_split_is(hub: HubServer, tmp_path: Path, offline: Callable[[], None]) -> None:
+    """By its name the file is train; by the card, which is not here, it is not."""
+    card = b"---\nconfigs:\n- config_name: default\n  data_files: [{split: train, path: real.jsonl}]\n---\n"
+    hub.add("dataset", REPO, {"README.md": card, "train-00000-of-00001.jsonl": b'{"text": "no"}', "real.jsonl": b'{"text": "yes"}'})
+    snapshot_download(REPO, repo_type="dataset", endpoint=hub.url, cache_dir=tmp_path / "cache/hub", allow_patterns="train*")
+    offline()
+    with pytest.raises(BuildError, match=r"no README\.md") as caught:
+        hub_dataset.locate(Knobs(repo=REPO), tmp_path, tmp_path / "home")
+    assert "plan once while online" in caught.value.fix and "files:" in caught.value.fix
+    named = Knobs(repo=REPO, files=("train-00000-of-00001.jsonl",))
+    assert hub_dataset.locate(named, tmp_path, tmp_path / "home").names
 
 
 def test_knobs_that_name_nothing() -> None:

@@ -18,10 +18,12 @@ from pathlib import Path
 import pytest
 from hubserver import READER, WRITER, HubServer
 from hubwire import Answer, Request
+from huggingface_hub import close_session
 
 from buildsys.errors import BuildError
 from buildsys.hubs import hub, hub_download, hub_errors, hub_http
 from buildsys.hubs.hub_repo import Repo, cache, check_id, check_name, check_revision, shown_endpoint
+from buildsys.hubs.silent import silent
 from buildsys.io import headers
 from buildsys.located import Located
 
@@ -49,9 +51,12 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServe
     monkeypatch.setattr(hub_errors, "WAITS_S", (0.0,) * 3)
     monkeypatch.setattr(hub_download, "WAITS_S", (0.0,) * 3)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    silent.cache_clear()
     with HubServer() as running:
         running.use(monkeypatch, tmp_path / "hf")
         yield running
+    close_session()  # made with this test's environment
+    silent.cache_clear()
 
 
 @pytest.fixture
@@ -463,8 +468,6 @@ def test_no_such_model_revision_or_file(server: HubServer, home: Path) -> None:
 
 
 def test_nobody_answers(server: HubServer, home: Path) -> None:
-    from huggingface_hub import close_session
-
     server.add("model", ID, FILES)
     found = located(home)
     close_session()  # connections that are open stay so
@@ -472,6 +475,58 @@ def test_nobody_answers(server: HubServer, home: Path) -> None:
     for act in (lambda: hub.listing(repo(), home), lambda: brought(found)):
         error = refused(act)
         assert "cannot be reached: Connection refused" in error.what and "HF_ENDPOINT" in error.fix and "HF_HUB_OFFLINE" in error.fix
+
+
+def test_a_silent_hub_is_asked_once_for_all_recipes(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = server.add("model", ID, FILES)
+    found = located(home, revision=pinned)
+    close_session()
+    server.stop()
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    first = refused(lambda: hub.listing(repo(), home))
+    assert len(slept) == 3
+    second = refused(lambda: hub.listing(repo("0" * 40, "org/other"), home))
+    assert (second.what, second.fix) == (first.what, first.fix) and second.where == "org/other at 000000000000" and len(slept) == 3
+    assert located(home, revision=pinned) == found, "what is remembered asks nobody"
+    with HubServer() as other:
+        other.use(monkeypatch, home.parent / "hf")
+        other.add("model", ID, FILES)
+        assert located(home).sha256 == found.sha256, "another hub may answer"
+
+
+def test_a_hub_that_stumbles_is_asked_again(server: HubServer, home: Path) -> None:
+    server.add("model", ID, FILES)
+    server.fail("/api/", status=500, times=4)
+    refused(lambda: hub.listing(repo(), home))
+    assert hub.listing(repo(), home).files
+
+
+PROXIES = {"socks5://127.0.0.1:9": "ImportError", "odd://user:canary@host": "ValueError", "http://user:canary@host:port": "InvalidURL"}
+
+
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_a_proxy_that_is_none(proxy: str, server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if proxy.startswith("socks"):
+        monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    close_session()
+    error = refused(lambda: hub.listing(repo(), home))
+    assert "names no proxy" in error.what and PROXIES[proxy] in error.what and "http://host:port" in error.fix
+    assert "canary" not in str(error)
+
+
+def test_certificates_that_are_not_there(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(home / "none.pem"))
+    close_session()
+    error = refused(lambda: hub.listing(repo(), home))
+    assert "SSL_CERT_FILE" in error.what and "unset" in error.fix
+
+
+def test_a_token_that_cannot_be_sent(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canaryé")
+    error = refused(lambda: hub.listing(repo(), home))
+    assert "outside ASCII" in error.what and "HF_TOKEN" in error.fix and "canary" not in str(error)
 
 
 def test_an_address_that_is_none_and_one_that_is_no_hub(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,23 @@ def test_rollback_to_what_is_not_there_tells_what_is(place: Place, tmp_path: Pat
     assert one.digest[:16] in caught.value.what + caught.value.fix and place.state() == before
 
 
+def test_a_release_is_named_alike_everywhere(place: Place, tmp_path: Path) -> None:
+    one, two = release(tmp_path / "one", "a"), release(tmp_path / "two", "b")
+    first = place.module.publish(place.knobs, one, place.to, quiet)
+    for asked in (one.tag, f"sha256-{one.digest}", one.digest[:8], one.digest[:20], one.digest):
+        place.module.publish(place.knobs, two, place.to, quiet)
+        assert place.module.rollback(place.knobs, asked, place.to, quiet) == first
+    before = place.state()
+    for asked in ("", one.digest[:7], one.tag[:-1], f"{one.digest}0", f"sha256:{one.digest}", one.tag.upper(), "sha256-", "latest"):
+        with pytest.raises(BuildError, match="names no release") as caught:
+            place.module.rollback(place.knobs, asked, place.to, quiet)
+        assert "8 to 64 hexadecimal digits" in caught.value.fix
+    longer = one.digest[:16] + ("1" if one.digest[16] == "0" else "0") * 48
+    with pytest.raises(BuildError):
+        place.module.rollback(place.knobs, longer, place.to, quiet)
+    assert place.state() == before, "digits beyond those of the tag count too"
+
+
 def test_modules_are_slots(place: Place) -> None:
     assert isinstance(place.module.VERSION, int) and isinstance(place.knobs, slots.Frozen)
     for name, field in type(place.knobs).model_fields.items():

@@ -19,7 +19,7 @@ import pytest
 from publishers.places import described
 
 from buildsys.errors import BuildError
-from buildsys.publishers.directory import Knobs, plan, publish, rollback, verify
+from buildsys.publishers.directory import Knobs, destination, plan, publish, rollback, verify
 from buildsys.step import digest
 
 KNOBS = Knobs(path="out/model")
@@ -159,8 +159,21 @@ def test_what_it_did_not_publish_stays(kind: str, one: Path, two: Path, out: Pat
     for act in (*acts, lambda to, progress: plan(KNOBS, made, to)):
         with pytest.raises(BuildError, match="no publish made") as caught:
             act(out, quiet)
-        assert caught.value.fix == "remove it, or name another publish.directory.path"
+        assert caught.value.fix == "name another publish.directory.path", "what lies there may be dear to somebody"
     assert everything(out.parent) == before
+
+
+@pytest.mark.parametrize("path", [".", "..", "../..", "../../..", "../model", "../demo/out", "../../artifacts", "../../artifacts/x"])
+def test_a_workspaces_own_folders_are_no_place(path: str, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"the recipe's own folder|own folder (recipes|artifacts)/") as caught:
+        destination(Knobs(path=path), tmp_path / "recipes" / "demo")
+    assert caught.value.fix == "name another publish.directory.path"
+
+
+@pytest.mark.parametrize("path", ["../../out/demo", "../../recipes-out", "../../../artifacts"])
+def test_elsewhere_is_one(path: str, tmp_path: Path) -> None:
+    folder = tmp_path / "recipes" / "demo"
+    assert destination(Knobs(path=path), folder) == Path(os.path.normpath(folder / path))
 
 
 def test_a_dry_run_writes_nothing(one: Path, two: Path, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 
 from buildsys.errors import BuildError
 from buildsys.hubs import hub_errors, hub_state, hub_write
+from buildsys.hubs.silent import silent
 from buildsys.publishers import Receipt, Release
 from buildsys.publishers.hf_hub import Knobs, destination, plan, publish, rollback, verify
 
@@ -306,6 +308,51 @@ def test_who_may_not_write_is_told_how_to(token: str, hub: HubServer, one: Relea
         send(one)
     assert "`hf auth login`" in caught.value.fix and names(hub) == {"README.md"}
     assert not token or token not in str(caught.value)
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("token", WHO)
+def test_a_dry_run_refuses_who_may_not_write(
+    token: str, there: bool, hub: HubServer, one: Release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if there:
+        hub.add("model", REPO, {"README.md": b"hi"})
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(BuildError, match=WHO[token]) as caught:
+        plan(KNOBS, one, TO)
+    assert "`hf auth login`" in caught.value.fix and not hub.changes
+
+
+def test_a_dry_run_where_the_hub_does_not_tell_who_one_is(hub: HubServer, one: Release) -> None:
+    hub.fail("/whoami", status=404)
+    assert plan(KNOBS, one, TO)[0].startswith("make the private repository")
+    hub.fail("/whoami", body=b'{"auth": {}}')
+    assert plan(KNOBS, one, TO)[0].startswith("make the private repository")
+    hub.fail("/whoami", body=b"<html>")
+    with pytest.raises(BuildError, match="no hub's answer"):
+        plan(KNOBS, one, TO)
+
+
+def test_a_hub_that_answers_again_can_be_published_to(hub: HubServer, one: Release) -> None:
+    """Planning, hours ago, found nobody there."""
+    silent()[hub.url] = "cannot be reached", "wait"
+    assert send(one) and verify(KNOBS, one, TO, quiet)
+
+
+def test_the_client_logs_no_address(hub: HubServer, one: Release, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would tell the address of each request that it repeats, and some are signed."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    client, said = logging.getLogger("huggingface_hub"), list[str]()
+    client.setLevel(logging.WARNING)
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    client.addHandler(handler)
+    hub.fail("^/model/", "PUT", status=503)
+    try:
+        send(one)
+    finally:
+        client.removeHandler(handler)
+    assert len(hub.requests("^/model/", "PUT")) == 2 and not said
 
 
 def test_somebody_elses_namespace(hub: HubServer, one: Release) -> None:

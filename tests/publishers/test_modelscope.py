@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -136,6 +137,47 @@ def test_a_file_of_the_hubs_own_may_be_released(server: ModelScopeServer, tmp_pa
     publish(release(tmp_path / "two", "b"))
     assert modelscope.rollback(KNOBS, made.digest, modelscope.destination(KNOBS, Path()), quiet) == first
     assert server.content(KNOBS.repo, "configuration.json") == b'{"ours": 1}'
+
+
+def test_a_model_that_no_publish_brought_is_not_replaced(server: ModelScopeServer, one: Release) -> None:
+    server.add(KNOBS.repo, {**OWN, "README.md": b"hi", "model.safetensors": b"precious", "notes.txt": b"mine"})
+    repo = server.repos[KNOBS.repo]
+    before = dict(repo.branches)
+    for act in (publish, lambda made: modelscope.plan(KNOBS, made, modelscope.destination(KNOBS, Path()))):
+        with pytest.raises(BuildError, match=r"holds model\.safetensors, notes\.txt, and no release of ours") as caught:
+            act(one)
+        assert "replace: true" in caught.value.fix
+    assert repo.branches == before and not writes(server)
+    publish(one, KNOBS.model_copy(update={"replace": True}))
+    assert verify(one).digest == one.digest
+
+
+def test_what_the_hub_writes_into_a_new_repository_may_be_replaced(server: ModelScopeServer, one: Release) -> None:
+    server.add(KNOBS.repo, {**OWN, "README.md": b"hi"})
+    assert publish(one).digest == one.digest
+
+
+def test_a_digest_that_only_begins_as_a_tag_does(server: ModelScopeServer, one: Release, tmp_path: Path) -> None:
+    publish(one)
+    publish(release(tmp_path / "two", "b"))
+    asked, before = one.digest[:16] + "0" * 48, list(server.repos[KNOBS.repo].messages)
+    with pytest.raises(BuildError, match=f"{one.tag} holds the release {one.digest}, not {asked}"):
+        modelscope.rollback(KNOBS, asked, modelscope.destination(KNOBS, Path()), quiet)
+    assert server.repos[KNOBS.repo].messages == before
+
+
+def test_the_client_logs_nothing(server: ModelScopeServer, one: Release) -> None:
+    logging.getLogger("modelscope_hub").setLevel(logging.INFO)
+    server.fail(r"repo/files", status=503)
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("modelscope_hub").addHandler(handler)
+    try:
+        publish(one)
+    finally:
+        logging.getLogger("modelscope_hub").removeHandler(handler)
+    assert not said
 
 
 def test_rollback_copies_on_the_hub(server: ModelScopeServer, one: Release, tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,9 +30,10 @@ from buildsys.errors import BuildError
 from buildsys.formats import awq
 from buildsys.io.checkpoint import Checkpoint, save
 from buildsys.quant.grid import min_max
+from buildsys.release import pickles
 from buildsys.release.audit import MAX_BYTES, Audit, audit
 from buildsys.release.provenance import ENVELOPE, RECIPE, SIGNATURE, STATEMENT, SUMS, document, sums
-from buildsys.release.signing import Signer
+from buildsys.release.signing import Signer, hint
 from buildsys.scheme import Scheme
 
 
@@ -205,6 +210,54 @@ def test_what_hubs_and_clients_add_is_named_and_ignored(signed: Path, keys: tupl
     assert not seen.findings and told(seen, "ignored").startswith("ignored     .cache/huggingface, .git, .gitattributes:")
 
 
+def test_what_modelscope_writes_is_named_and_ignored(plain: Path, signed: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    for number, (source, key) in enumerate(((plain, None), (signed, None), (signed, keys[1]))):
+        folder = Path(shutil.copytree(source, tmp_path / str(number)))
+        released.write(folder, {"configuration.json": b'{"framework":"Pytorch","task":"text-generation"}'})
+        seen = look(folder, key)
+        assert not seen.findings and told(seen, "ignored").startswith("ignored     configuration.json:")
+        released.write(folder, {"configuration.json": b'{"framework":"Pytorch","plugins":["a-package"]}'})
+        assert "was added" in found(folder, key)["configuration.json"]
+        (folder / "configuration.json").unlink()
+        (folder / "configuration.json").symlink_to("config.json")
+        assert "a release holds files" in found(folder, key)["configuration.json"]
+
+
+def test_a_configuration_of_the_release_itself_is_checked(signed: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(signed, tmp_path / "copy"))
+    released.write(folder, {"configuration.json": b'{"ours": 1}'})
+    (folder / SIGNATURE).unlink()
+    (folder / SIGNATURE).write_bytes(Signer.read(keys[0]).sign(folder))
+    listed = (folder / SUMS).read_text()
+    assert "configuration.json" in found(folder, keys[1]), "model.sig lists it, SHA256SUMS does not"
+    files = {name: sha256 for name, sha256 in released.digests(folder).items() if name not in (SUMS, SIGNATURE)}
+    (folder / SUMS).write_bytes(sums(files))
+    (folder / SIGNATURE).write_bytes(Signer.read(keys[0]).sign(folder))
+    released.write(folder, {"configuration.json": b'{"ours": 2}'})
+    assert "was changed (SHA256SUMS, model.sig)" in found(folder, keys[1])["configuration.json"] and "configuration.json" not in listed
+
+
+def test_a_file_is_named_once_and_says_each_thing_once(signed: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(signed, tmp_path / "copy"))
+    (folder / "tokenizer.json").write_bytes(b"{}")
+    (folder / "config.json").unlink()
+    (folder / "more.txt").touch()
+    by = "SHA256SUMS, statement.json, model.sig"
+    seen = {one.where: one.what for one in audit(folder, keys[1], lambda *step: None, "my-org/tiny").findings}
+    assert seen["my-org/tiny/tokenizer.json"].startswith(f"was changed ({by}): sha256 44136fa355b3…, not ")
+    assert seen["my-org/tiny/tokenizer.json"].count("was changed") == 1
+    assert seen["my-org/tiny/config.json"] == f"is missing (listed in {by})"
+    assert seen["my-org/tiny/more.txt"] == f"was added (not listed in {by})"
+    assert set(found(folder, keys[1])) == {"tokenizer.json", "config.json", "more.txt"}, "as the user gave it, where it is a path"
+
+
+def test_the_key_is_shown_as_a_build_shows_it(signed: Path, keys: tuple[Path, Path]) -> None:
+    shown = hashlib.sha256(keys[1].read_bytes()).hexdigest()[:16]
+    assert hint(Signer.read(keys[0]).public)[:16] == shown, "what `doit build` prints"
+    assert f"signed by the key {shown}" in told(look(signed, keys[1]), "signature")
+    assert f"it names the key {shown})" in told(look(signed), "signature")
+
+
 def test_links_into_the_hubs_cache_are_read_and_others_are_not_trusted(signed: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
     snapshot = tmp_path / "models--org--name" / "snapshots" / ("0" * 40)
     blobs = tmp_path / "models--org--name" / "blobs"
@@ -237,7 +290,7 @@ def test_everything_rewritten_but_the_signature(signed: Path, keys: tuple[Path, 
     (folder / SUMS).write_bytes(sums(files))
     for key in (None, keys[1]):
         seen = found(folder, key)
-        assert {"README.md", STATEMENT, SUMS, ENVELOPE} <= seen.keys() and "model.sig says" in seen["README.md"]
+        assert {"README.md", STATEMENT, SUMS, ENVELOPE} <= seen.keys() and "was changed (model.sig)" in seen["README.md"]
     other = released.keys(tmp_path / "other")
     (folder / ENVELOPE).write_bytes(Signer.read(other[0]).envelope((folder / STATEMENT).read_bytes()))
     (folder / SIGNATURE).unlink()
@@ -422,7 +475,8 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "truncated": ("model.safetensors", lambda it: os.truncate(it / "model.safetensors", 9999), "is truncated"),
     "no header": ("model.safetensors", lambda it: (it / "model.safetensors").write_bytes(b"abc"), "no safetensors file"),
     "pickle": ("pytorch_model.bin", lambda it: (it / "pytorch_model.bin").write_bytes(b"\x80"), "is a pickle, which can run code"),
-    "pickle below": ("a/B.PT", lambda it: released.write(it, {"a/B.PT": b""}), "is a pickle"),
+    "pickle below": ("a/B.PT", lambda it: released.write(it, {"a/B.PT": b"\x80\x05."}), "is a pickle"),
+    "pickle, pointer": ("a/b.bin", lambda it: released.write(it, {"a/b.bin": POINTER}), "pointer that Git LFS left"),
     "remote code": ("config.json", lambda it: configured(it, auto_map={"AutoModel": "modeling_x.X"}), "modeling_x.X"),
     "remote tokenizer": (
         "tokenizer_config.json",
@@ -481,6 +535,44 @@ def test_a_file_that_may_not_be_read(foreign: Path, tmp_path: Path) -> None:
     assert "cannot be read" in found(folder)["tokenizer.json"]
 
 
+PICKLED: dict[str, tuple[bytes, str | None]] = {
+    "protocol 4": (pickle.dumps([1], 4), "is a pickle"),
+    "protocol 0, which runs code": (b"cos\nsystem\n(S'true'\ntR.", "can be read as a pickle"),
+    "zip": (b"PK\x03\x04", "is a zip archive"),
+    "gzip": (gzip.compress(pickle.dumps([1])), "is compressed"),
+    "legacy, tar": (tarfile.TarInfo("~sys_info").tobuf(), "can be read as a pickle"),
+    "sentencepiece's nfkc.bin": (b"\x00\xb4\x02\x00\x00\x84\x00\x00", None),
+    "empty": (b"", None),
+    "floats": (b"\x00\x00\x80\x3f" * 400, None),
+}
+
+
+@pytest.mark.parametrize(("raw", "said"), PICKLED.values(), ids=PICKLED)
+@pytest.mark.parametrize("name", ["nfkc.bin", "x.pth", "y.PKL"])
+def test_a_pickle_is_told_by_its_bytes(name: str, raw: bytes, said: str | None, foreign: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(foreign, tmp_path / "copy"))
+    (folder / name).write_bytes(raw)
+    seen = look(folder)
+    if said is None:
+        assert not seen.findings and f"{name} has a pickle's name" in told(seen, "code")
+    else:
+        assert f"{said}" in found(folder)[name] and "can run code" in found(folder)[name]
+
+
+@given(st.binary(min_size=1, max_size=40))
+def test_what_is_said_to_be_no_pickle_is_none(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "some.bin"
+    path.write_bytes(raw)
+    if pickles.found(path) is None:
+        with pytest.raises(pickle.UnpicklingError):
+            pickle.loads(raw)
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    assert found(tmp_path) == {".": "holds no model: neither config.json nor *.safetensors is there"}
+
+
 def test_code_that_nothing_names_is_said(foreign: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(foreign, tmp_path / "copy"))
     (folder / "convert.py").touch()
@@ -497,7 +589,7 @@ def test_a_strangers_signature_by_certificate_is_not_passed(foreign: Path, signe
     assert not seen.findings and "signed with a certificate, not checked" in told(seen, "signature")
     assert "not with a key" in found(folder, keys[1])[SIGNATURE]
     (folder / "config.json").write_bytes(b"{}")
-    assert "model.sig says" in found(folder)["config.json"]
+    assert "was changed (model.sig)" in found(folder)["config.json"]
 
 
 def test_a_strangers_signature_that_leaves_files_out(foreign: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
+import released
 import runs
 import yaml
 from huggingface_hub import ModelCard
@@ -19,8 +22,9 @@ from buildsys import footprint, gpus
 from buildsys.located import Located
 from buildsys.measurement import Measurement, Verdict
 from buildsys.release.card import card, front_matter, license_of, plain
-from buildsys.release.facts import Facts, gather
+from buildsys.release.facts import Facts, Ran, gather
 from buildsys.release.resolved import resolved
+from buildsys.step import Need, Step
 from buildsys.store import Artifact, File, Store
 from buildsys.survey import describe
 from buildsys.verdict import judge
@@ -61,6 +65,7 @@ MEASURED = {
     "perplexity": (Measurement("quantized_perplexity", 7.25, "perplexity", 7.01, 7.5), Measurement("ratio", 1.013, "ratio", 1.01, 1.016)),
     "serve": (),
 }
+FETCH = Step("fetch", "source", 1, {}, hints={"how": {"hub": "hf_hub", "repo": "my-org/tiny-chat", "commit": COMMIT}, "module": "hf_hub"})
 VERDICTS = (
     Verdict("kl", "passed", "kl 0.02134 nats (95% interval 0.0199 to 0.0228), limit: at most 0.05", "recipes/tiny.yaml:9"),
     Verdict("lint", "passed", "findings 0 findings, limit: at most 0", "recipes/tiny.yaml:9"),
@@ -90,14 +95,15 @@ def facts(folder: Path, text: str = RECIPE, name: str = "tiny", config: dict[str
         name=recipe.name,
         recipe=recipe,
         survey=SimpleNamespace(architecture=architecture, turbomind=module.TURBOMIND, config=config),
-        source=Located(more.pop("files", {}), how={"hub": "hf_hub", "commit": COMMIT}),
-        artifact=SimpleNamespace(knobs={**knobs, "target": target and target.model_dump()}),
+        source=Located(more.pop("files", {}), how={"hub": "hf_hub", "commit": "of today"}),
+        artifact=SimpleNamespace(knobs={**knobs, "target": target and target.model_dump()}, needs=(Need("source", FETCH),)),
         serving=serving,
     )
     files = {"model.safetensors": File("a" * 64, 765_432_100), "config.json": File("b" * 64, 900)}
     made = Artifact("c" * 64, MappingProxyType(files))
     errors = {"model.layers.0.self_attn.q_proj": 0.004, "model.layers.9.mlp.down_proj": 0.0123, "model.layers.1.mlp.up_proj": 0.005}
-    built = Facts(plan, (), made, MEASURED, VERDICTS, errors)  # type: ignore[arg-type]
+    fetched = Ran(FETCH, Artifact("d" * 64, MappingProxyType({}), {"built": more.pop("built", {})}))
+    built = Facts(plan, (fetched,), made, MEASURED, VERDICTS, errors)  # type: ignore[arg-type]
     return replace(built, **more)
 
 
@@ -154,6 +160,30 @@ def test_a_local_source_has_no_base_model(tmp_path: Path) -> None:
     assert "base_model" not in front_matter(made)
     shown = card(made)
     assert "/home/ann" not in shown and "ann" not in re.findall(r"\w+", shown) and COMMIT not in shown
+
+
+@pytest.mark.parametrize(
+    ("hints", "said"),
+    [
+        ({"how": {"repo": "my-org/tiny-chat", "commit": "1" * 40}, "module": "hf_hub"}, f"my-org/tiny-chat at {'1' * 40}"),
+        ({"how": {"repo": "Other/Tiny", "commit": "2" * 40}, "module": "modelscope"}, f"Other/Tiny at {'2' * 40}"),
+        ({"pin": "my-org/tiny-chat at 111111111111", "module": "hf_hub"}, "my-org/tiny-chat at 111111111111"),
+        ({"pin": f"my-org/tiny-chat at {COMMIT[:12]}", "module": "hf_hub"}, f"my-org/tiny-chat at {COMMIT}"),
+        ({}, f"my-org/tiny-chat at {COMMIT}"),
+    ],
+)
+def test_it_names_the_commit_that_was_fetched_and_not_todays(hints: dict[str, Any], said: str, tmp_path: Path) -> None:
+    shown = card(facts(tmp_path, built={"hints": hints} if hints else {}))
+    assert f"\n{said}, quantized to" in shown and f"- Source: {said};" in shown and "of today" not in shown
+
+
+def test_its_own_commands_check_it_outside_of_a_checkout(tiny: Path, tmp_path: Path) -> None:
+    folder = released.release(tiny, tmp_path / "release")
+    (commands,) = [content for info, content in fences(card(facts(tmp_path))) if "verify --path" in content]
+    (verify,) = [line for line in commands.splitlines() if "verify --path . " in line and "--key" not in line]
+    words = verify.partition("#")[0].split()
+    ran = subprocess.run([sys.executable, *words[1:]], cwd=folder, capture_output=True, text=True, check=False)
+    assert words[0] == "python" and ran.returncode == 0 and "nothing wrong was found" in ran.stdout, ran.stderr
 
 
 def test_measurements_and_gates_are_tables(tmp_path: Path) -> None:

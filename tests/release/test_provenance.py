@@ -187,6 +187,19 @@ def test_other_hubs_are_named_as_far_as_they_tell(facts: Facts) -> None:
     assert json.loads(made[INPUTS])["source"]["from"] == {"place": "hf_hub", "pin": "org/name at 9b8d9553846b"}
 
 
+def test_the_fetch_that_ran_is_told_and_not_todays_plan(facts: Facts) -> None:
+    """A branch that has moved on to a commit with the same files fetches nothing."""
+    ran = {"how": {"hub": "hf_hub", "kind": "model", "repo": "org/name", "commit": "1" * 40}, "module": "hf_hub"}
+    was = facts.source
+    built = {**was.built, "hints": ran, "title": "org/name at 111111111111"}
+    recorded = Ran(was.step, replace(was.output, meta={"built": built}))
+    changed = replace(facts, steps=tuple(recorded if one == was else one for one in facts.steps))
+    made = from_hub(changed, how={**ran["how"], "commit": "2" * 40}, slot="sources", module="hf_hub")
+    assert json.loads(made[INPUTS])["source"]["from"]["commit"] == "1" * 40
+    assert "org/name at 111111111111" in [step["title"] for step in json.loads(made[INPUTS])["steps"]]
+    assert b"2" * 40 not in b"".join(made.values())
+
+
 def _with(facts: Facts, hinted: Step) -> tuple[Ran, ...]:
     return tuple(Ran(hinted, ran.output) if ran.step == hinted else ran for ran in facts.steps)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 from buildsys.errors import BuildError
 from buildsys.release import bundle
 from buildsys.release.provenance import SIGNATURE
-from buildsys.release.signing import KEY, PASSWORD, Signer, public_key, signer, verify_envelope, verify_model
+from buildsys.release.signing import KEY, PASSWORD, Signer, hint, public_key, signer, verify_envelope, verify_model
 
 STATEMENT = b'{\n "_type": "x"\n}\n'
 CURVES = [ec.SECP256R1(), ec.SECP384R1()]
@@ -298,6 +299,49 @@ def test_missing_packages_are_named_with_the_command(missing: str, folder: Path,
         made.envelope(STATEMENT)
         made.sign(folder)
     assert "pip install 'buildsys[signing]'" in caught.value.fix
+
+
+@pytest.mark.parametrize("missing", ["model_signing.signing", "securesystemslib.dsse"])
+def test_missing_packages_are_noticed_when_the_key_is_read(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    private, _ = released.keys(tmp_path)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(BuildError, match="are not installed here"):
+        signer({"key": str(private)})
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_variable_does_not_mean_unsigned(empty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY, empty)
+    with pytest.raises(BuildError, match="is empty") as caught:
+        signer({})
+    assert (caught.value.where, caught.value.fix) == (KEY, "unset it, or name a key file")
+    assert signer({"key": str(released.keys(tmp_path)[0])}) is not None
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o620])
+def test_a_key_that_others_can_reach_is_refused_until_the_fix_is_run(mode: int, tmp_path: Path) -> None:
+    private, public = released.keys(tmp_path / "a b")
+    private.chmod(mode)
+    with pytest.raises(BuildError, match=f"other users can reach \\(mode 0{mode:o}\\)") as caught:
+        Signer.read(private)
+    subprocess.run(["bash", "-c", caught.value.fix.removeprefix("run: ")], check=True)
+    public.chmod(0o644)
+    assert Signer.read(private).fingerprint and public_key(public)
+
+
+def test_a_key_of_the_systems_is_the_systems_to_care_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a secret is mounted into a container: another user's, and readable by those who need it."""
+    private, _ = released.keys(tmp_path)
+    private.chmod(0o440)
+    monkeypatch.setattr(os, "getuid", lambda: private.stat().st_uid + 1)
+    assert Signer.read(private).fingerprint
+
+
+def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released.keys(tmp_path / ".keys")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = signer({"key": "~/.keys/key.pem"})
+    assert made is not None and hint(public_key(Path("~/.keys/public.pem"))) == hint(made.public)
 
 
 # The form of a signature

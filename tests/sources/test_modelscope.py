@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from buildsys.errors import BuildError
 from buildsys.hubs import modelscope_files
+from buildsys.hubs.silent import silent
 from buildsys.io import headers
 from buildsys.located import Located
 from buildsys.sources import modelscope
@@ -37,10 +38,12 @@ OURS = sorted(("config.json", "model.safetensors", "tokenizer.json", "tokenizer_
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelScopeServer]:
     """A hub with one model, and a machine that has never seen one."""
+    silent.cache_clear()
     with ModelScopeServer() as server:
         server.use(monkeypatch, tmp_path)
         server.add(REPO, MODEL)
         yield server
+    silent.cache_clear()
 
 
 @pytest.fixture
@@ -133,6 +136,33 @@ def test_a_pinned_model_is_planned_without_a_network(server: ModelScopeServer, h
     code += "print([name for name in ('modelscope_hub', 'requests', 'torch') if name in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]", "what is remembered needs no client"
+
+
+def test_a_silent_site_is_asked_once_for_all_recipes(home: Path, server: ModelScopeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    assert "cannot be reached" in refused(home).what
+    waits = len(slept)
+    with pytest.raises(BuildError, match="cannot be reached") as caught:
+        locate(home, repo="org/other")
+    assert waits and len(slept) == waits and caught.value.where == "http://127.0.0.1:9/models/org/other"
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.url)
+    server.fail(r"repo/files", status=503, times=9)
+    assert "HTTP 503" in refused(home).what
+    server.faults.clear()
+    assert sorted(locate(home).files) == OURS, "a site that stumbles is asked again"
+
+
+@pytest.mark.parametrize("proxy", ["socks5://user:canary@127.0.0.1:9", "http://"])
+def test_a_proxy_that_is_none(proxy: str, home: Path, server: ModelScopeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.setitem(sys.modules, "socks", None)
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, proxy)
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://modelscope.example")
+    error = refused(home)
+    assert "proxy" in error.what and "http://host:port" in error.fix and "canary" not in str(error)
 
 
 def test_damaged_memory_is_asked_for_again(server: ModelScopeServer, home: Path) -> None:
