@@ -26,10 +26,10 @@ CHAT = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json", "s
 """Beside the tokenizer, what turns a conversation into text, and special tokens into their ids."""
 
 VERSIONS = MappingProxyType(
-    dict.fromkeys(
-        ("fetch", "tokens", "disjoint", "calibrate", "quantize", "pack", "assemble", "score", "measure", "generate"),
-        1,
-    )
+    {
+        **dict.fromkeys(("fetch", "tokens", "disjoint", "calibrate", "quantize", "assemble", "score", "measure", "generate"), 1),
+        "pack": 2,
+    }
 )
 """Of the steps' own glue in steps.py; arithmetic, methods, formats and checks have VERSIONs of their own, which are in the keys too."""
 
@@ -352,7 +352,7 @@ class Graph:
     def pack(self, source: Step, blocks: Step) -> Step:
         knobs = {"model": self.surveyed.computed, "quant": QUANT, **self._packing}
         needs = Need("source", source, WEIGHTS), Need("blocks", blocks, ("*.safetensors",))
-        return self._step("pack", f"format {self.recipe.format.name}", knobs, *needs)
+        return self._step("pack", f"format {self.recipe.format.name}", knobs, *needs, computes=True)
 
     def assemble(self, source: Step, packed: Step, files: tuple[str, ...]) -> Step:
         """Everything of the source that is not weights, the packed weights, and how to serve them."""
@@ -432,7 +432,8 @@ class Graph:
                 "facts": self._facts(module.READS),
             }
             # config.json tells the architecture; where a check reads no weights, nothing else of the source is in its key.
-            yield name, self._step("measure", name, knobs, Need("source", source, ("config.json",)), *needs)
+            computes = "packed" in module.READS
+            yield name, self._step("measure", name, knobs, Need("source", source, ("config.json",)), *needs, computes=computes)
 
     def _facts(self, reads: tuple[str, ...]) -> dict[str, Any]:
         """What planning knows, for the checks that ask for it."""

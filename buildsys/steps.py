@@ -24,12 +24,15 @@ from buildsys.step import Inputs, Request, Resources
 from buildsys.survey import describe, read_config
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from buildsys.io.checkpoint import Writer
     from buildsys.quant.model import Model
 
 __all__ = ["Request", "Resources", "run"]
 
 Progress = Callable[[str, int, int], None]
-MAX_SHARD_BYTES = 4 << 30
+MAX_SHARD_BYTES = 2 << 30  # several files are hashed, sent and read at a time
 TOKENS, GENERATIONS, GENERATION = "tokens.safetensors", "generations.json", "generation_config.json"
 
 
@@ -103,15 +106,18 @@ def calibrate(request: Request, progress: Progress) -> None:
     """Activation statistics of the float model."""
     from buildsys.io import checkpoint
     from buildsys.quant import observe
+    from buildsys.quant.parallel import tensor_cores
 
     seen = checkpoint.load(request.read("tokens").path(TOKENS))["tokens"]
-    observe.calibrate(float_model(request.read("source"), request), seen, request.stage, request.resources, progress)
+    with tensor_cores(request.resources.device):
+        observe.calibrate(float_model(request.read("source"), request), seen, request.stage, request.resources, progress)
 
 
 def quantize(request: Request, progress: Progress) -> dict[str, Any]:
     """Codes for every block, and each linear's relative output error beside them."""
     from buildsys.io import checkpoint
     from buildsys.quant import quantize as walk
+    from buildsys.quant.parallel import tensor_cores
 
     *rescalers, rounder = (_method(said) for said in request.knobs["methods"])
     job = walk.Job(Scheme(**request.knobs["scheme"]), tuple(rescalers), rounder, frozenset(request.knobs["skip"]))
@@ -119,7 +125,8 @@ def quantize(request: Request, progress: Progress) -> dict[str, Any]:
     seen = checkpoint.load(request.read("tokens").path(TOKENS))["tokens"] if job.sees_tokens else None
     model = float_model(request.read("source"), request)
     resumed = sum((request.stage / walk.block_name(layer)).exists() for layer in range(model.architecture.layers))
-    walk.quantize(model, job, lambda layer: stats.path(walk.block_name(layer)), seen, request.stage, request.resources, progress)
+    with tensor_cores(request.resources.device):
+        walk.quantize(model, job, lambda layer: stats.path(walk.block_name(layer)), seen, request.stage, request.resources, progress)
     return {"resumed_blocks": resumed} if resumed else {}
 
 
@@ -134,26 +141,32 @@ def pack(request: Request, progress: Progress) -> None:
     """The whole model in the format's layout: codes from the blocks, what lies outside of the blocks from the source."""
     from buildsys.io.checkpoint import DTYPES, Checkpoint, Writer
     from buildsys.quant.blocks import load_block
+    from buildsys.quant.parallel import Behind
     from buildsys.quant.quantize import block_name, to_half
 
     architecture, source = _architecture(request.read("source")), Checkpoint(request.read("source").files)
     format, scheme = modules("formats")[request.knobs["format"]["name"]], Scheme(**request.knobs["scheme"])
     writer = Writer(request.stage, packed_layout(architecture, format, scheme, frozenset(request.knobs["skip"])), {}, MAX_SHARD_BYTES)
     outside = [name for name in (architecture.embed, architecture.final_norm, architecture.lm_head) if name is not None]
-    for name in outside:
-        half = to_half(source.load(name, source.dtype(name)), name)
-        assert half.dtype == DTYPES[format.FLOATS]
-        writer.add(name, half)
-    for layer in range(architecture.layers):
-        prefix = architecture.prefix(layer)
-        linears, floats = load_block(request.read("blocks").path(block_name(layer)))
-        for name, tensor in floats.items():
-            writer.add(prefix + name, tensor)
-        for name, linear in linears.items():
-            for part, tensor in format.pack(linear).items():
-                writer.add(f"{prefix}{name}.{part}", tensor)
-        progress("pack", layer + 1, architecture.layers)
+    with Behind() as behind:
+        for name in outside:
+            half = to_half(source.load(name, source.dtype(name), request.resources.device), name)
+            assert half.dtype == DTYPES[format.FLOATS]
+            behind.do(partial(_add, writer, {name: half.cpu()}))
+        for layer in range(architecture.layers):
+            prefix = architecture.prefix(layer)
+            linears, floats = load_block(request.read("blocks").path(block_name(layer)), request.resources.device)
+            tensors = {prefix + name: tensor.cpu() for name, tensor in floats.items()}
+            for name, linear in linears.items():
+                tensors |= {f"{prefix}{name}.{part}": tensor.cpu() for part, tensor in format.pack(linear).items()}
+            behind.do(partial(_add, writer, tensors))
+            progress("pack", layer + 1, architecture.layers)
     writer.close()
+
+
+def _add(writer: Writer, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
 
 
 def packed_layout(architecture: Architecture, format: Any, scheme: Scheme, skip: frozenset[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -242,6 +255,7 @@ def measure(request: Request, progress: Progress) -> None:
         skipped=knobs["skip"],
         facts=knobs["facts"],
         progress=progress,
+        device=request.resources.device,
     )
     inputs = {role: Inputs(files) for role, files in request.inputs.items()}
     found: list[Measurement] = check.measure(check.Knobs.model_construct(**knobs["check"]["knobs"]), inputs, context)

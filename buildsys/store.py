@@ -30,6 +30,7 @@ from buildsys import digests, disk
 from buildsys.errors import BuildError
 from buildsys.step import Step, canonical, digest, reads
 
+HASHERS = 8
 BLOB_TIME_NS = 1_000_000_000 * 10**9
 NO_HARD_LINK = frozenset({errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES})
 Waiting = Callable[[str], None]
@@ -177,7 +178,8 @@ class Store:
         """
         with self.in_use(), disk.writing(stage):
             staged = {path.relative_to(stage).as_posix(): path for path in _outputs(stage)}
-            files = {name: self._adopt(path, name in links) for name, path in sorted({**staged, **links}.items())}
+            hashes = _hashed([path for name, path in staged.items() if name not in links and not path.is_symlink()])
+            files = {name: self._adopt(path, name in links, hashes.get(path)) for name, path in sorted({**staged, **links}.items())}
             for name in files:
                 _check_name(name)
             listed = {name: {"sha256": file.sha256, "size": file.size} for name, file in files.items()}
@@ -329,7 +331,7 @@ class Store:
         except BuildError:
             return digests.sha256(blob)
 
-    def _adopt(self, path: Path, stays: bool) -> File:
+    def _adopt(self, path: Path, stays: bool, sha256: str | None) -> File:
         if path.is_symlink():
             hop = Path(os.path.normpath(path.parent / os.readlink(path)))
             if hop.parent.parent == (self.home / "blobs").absolute():
@@ -338,7 +340,7 @@ class Store:
         if stays:
             blobs = (self.home / "blobs").absolute()
             return self._again(path, path) if path.parent.parent == blobs else self._watch(path)
-        return self._take(path)
+        return self._take(path, sha256 or digests.sha256(path))
 
     def _again(self, blob: Path, asked: Path) -> File:
         """A blob that another artifact brought."""
@@ -363,9 +365,9 @@ class Store:
             disk.sync_folder(blob.parent)
         return file
 
-    def _take(self, path: Path) -> File:
+    def _take(self, path: Path, sha256: str) -> File:
         """A staged file becomes a blob. It stays staged too, so that a kill before the manifest is written loses nothing."""
-        file = File(digests.sha256(path), path.stat().st_size)
+        file = File(sha256, path.stat().st_size)
         path.chmod(0o444)
         os.utime(path, ns=(BLOB_TIME_NS, BLOB_TIME_NS))
         disk.sync_file(path)
@@ -435,6 +437,14 @@ def _outputs(stage: Path) -> list[Path]:
 
 def _check_name(name: str) -> None:
     assert not name.startswith("/") and ".." not in name.split("/"), name
+
+
+def _hashed(paths: list[Path]) -> dict[Path, str]:
+    """sha256 of files, several at a time: hashing lets other threads run, and one processor reads slower than a disk."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(min(HASHERS, max(1, len(paths)))) as pool:
+        return dict(zip(paths, pool.map(digests.sha256, paths), strict=True))
 
 
 def _told(holder: Path) -> str:

@@ -51,6 +51,8 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(384 << 10),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 20),
     "MALLOC_ARENA_MAX": "2",
+    # Sizes of blocks differ by much: a GPU's memory would end up in pieces, and twice of what is in use would be reserved.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "PYTHONUNBUFFERED": "1",  # a killed step's log ends where the step did
@@ -100,6 +102,8 @@ def perform(job: Job, progress: Progress, waiting: Callable[[str], None], steps:
         began, at = time.monotonic(), _now()
         resources = Resources(threads=job.threads, batch=job.batch, device=device)
         request = Request(job.kind, job.knobs, job.hints, inputs, stage, resources, store.sha256)
+        if device == "cuda":
+            _reset_peak()
         try:
             facts = steps.run(request, progress)
         except OSError as error:
@@ -163,7 +167,16 @@ def _machine(device: str) -> dict[str, Any]:
         import torch
 
         found["gpu"] = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        found["peak_gpu_bytes"] = torch.cuda.max_memory_reserved()
     return found
+
+
+def _reset_peak() -> None:
+    """What an earlier step in this process left reserved is given back, so that the peak is this step's."""
+    import torch
+
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def _arithmetic(device: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def measure(knobs: Knobs, inputs: Mapping[str, Any], context: Any) -> list[Measu
         file, prefix = f"block-{layer:05}.safetensors", architecture.prefix(layer)
         if file not in inputs["blocks"].files:
             raise BuildError(file, f"is not among the {architecture.layers} blocks that quantize writes", "build the recipe again")
-        linears, others = load_block(inputs["blocks"].files[file])
+        linears, others = load_block(inputs["blocks"].files[file], context.device)
         for linear in architecture.linears:
             name = prefix + linear.name
             if linear.name in linears:
@@ -75,7 +75,8 @@ def differing_codes(checkpoint: Checkpoint, name: str, linear: QuantizedLinear, 
     for part, (dtype, shape) in layout.items():
         if part not in checkpoint or checkpoint.entry(part).dtype != dtype or checkpoint.shape(part) != shape:
             return linear.codes.numel()
-    tensors = {part.removeprefix(f"{name}."): checkpoint.load(part, None, finite=False) for part in layout}
+    device = str(linear.codes.device)
+    tensors = {part.removeprefix(f"{name}."): checkpoint.load(part, None, device, finite=False) for part in layout}
     found = format.unpack(tensors, linear.scheme)
     scales = found.scale.view(torch.int16), linear.scale.view(torch.int16)  # bits: as numbers -0 equals 0, and NaN nothing
     pairs = ((found.codes, linear.codes), scales, (found.zero, linear.zero))
@@ -86,5 +87,5 @@ def differing_floats(checkpoint: Checkpoint, name: str, tensor: Tensor) -> int:
     """Values of a float tensor that are not the block's in the packed model's type; all where its form differs."""
     if name not in checkpoint or checkpoint.shape(name) != tuple(tensor.shape):
         return tensor.numel()
-    found = checkpoint.load(name, None, finite=False)
+    found = checkpoint.load(name, None, str(tensor.device), finite=False)
     return int((found != tensor.to(found.dtype)).sum())

@@ -51,13 +51,13 @@ def measure(knobs: Knobs, inputs: Mapping[str, Any], context: Any) -> list[Measu
     for done, (name, layout) in enumerate(linears.items()):
         found.extend(_shapes(checkpoint, layout))
         if all(part in checkpoint and _as_laid_out(checkpoint, part, held) for part, held in layout.items()):
-            tensors = {part.removeprefix(f"{name}."): checkpoint.load(part, None, finite=False) for part in layout}
+            tensors = {part.removeprefix(f"{name}."): checkpoint.load(part, None, context.device, finite=False) for part in layout}
             found.extend(f"{name} {what}" for what in codes_findings(context.format.unpack(tensors, context.scheme)))
         context.progress("lint", done + 1, len(linears))
     found.extend(_shapes(checkpoint, floats))
     for name in floats:
         if name in checkpoint and checkpoint.dtype(name).is_floating_point:
-            found.extend(f"{name} {what}" for what in float_findings(checkpoint.load(name, None, finite=False)))
+            found.extend(f"{name} {what}" for what in float_findings(checkpoint.load(name, None, context.device, finite=False)))
     more = f" … and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return [Measurement.exact("findings", float(len(found)), "findings", "; ".join(found[:SHOWN]) + more)]
 

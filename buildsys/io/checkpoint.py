@@ -97,7 +97,7 @@ def _fill(path: Path, name: str, entry: Entry, dtype: torch.dtype, device: str, 
     stored = DTYPES[entry.dtype]
     filled = torch.empty(entry.shape, dtype=dtype, device=device)
     flat, width = filled.view(-1), headers.WIDTHS[entry.dtype]
-    piece = torch.empty(min(_PIECE_BYTES, entry.bytes), dtype=torch.uint8)
+    piece = torch.empty(min(_PIECE_BYTES, entry.bytes), dtype=torch.uint8, pin_memory=device != "cpu")
     with path.open("rb", buffering=0) as file:
         for start in range(entry.start, entry.end, _PIECE_BYTES):
             raw = piece[: min(_PIECE_BYTES, entry.end - start)]
@@ -197,10 +197,10 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
     _appear(path)
 
 
-def load(path: Path) -> dict[str, Tensor]:
+def load(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """Every tensor of one file in its stored type. The inverse of `save`; its notes are in `headers.read(path).metadata`."""
     found = headers.read(path).tensors
-    return {name: _fill(path, name, found[name], DTYPES[found[name].dtype], "cpu", str(path), finite=False) for name in sorted(found)}
+    return {name: _fill(path, name, found[name], DTYPES[found[name].dtype], device, str(path), finite=False) for name in sorted(found)}
 
 
 def _partial(path: Path) -> Path:

@@ -5,6 +5,7 @@ The ratio is searched on the calibration Gram matrix instead of by forward passe
 
 from __future__ import annotations
 
+from math import inf, isfinite
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -29,17 +30,14 @@ def rescale(weights: list[Tensor], stats: SiteStats, tied: Tensor | None, scheme
     """The scale [in] for the linears (each [out, in]) that read at one site; channels with one entry in `tied` share theirs."""
     import torch
 
-    from buildsys.quant.search import rounding_error
+    from buildsys.quant.search import rounding_errors
 
     absmean = stats.absmean
     if tied is not None:
         shared = torch.zeros(int(tied.max()) + 1, device=absmean.device).index_add_(0, tied.to(absmean.device), absmean)
         absmean = shared[tied.to(absmean.device)] / (len(tied) / len(shared))
-    best, best_error = torch.ones_like(absmean), float("inf")
-    for step in range(knobs.ratios + 1):
-        scale = absmean.clamp(min=1e-4).pow(step / knobs.ratios)
-        scale = scale / (scale.max() * scale.min()).sqrt()
-        error = sum(rounding_error(weight, stats, scale, scheme) for weight in weights)
-        if error < best_error:
-            best, best_error = scale, error
-    return best
+    scales = torch.stack([absmean.clamp(min=1e-4).pow(step / knobs.ratios) for step in range(knobs.ratios + 1)])
+    scales = scales / (scales.amax(1, keepdim=True) * scales.amin(1, keepdim=True)).sqrt()
+    errors = rounding_errors(weights, stats, scales, scheme)
+    # The first is all ones: it stays where an overflow leaves no number to compare.
+    return scales[min(range(len(errors)), key=lambda at: errors[at] if isfinite(errors[at]) else inf)]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from buildsys.quant.linear import QuantizedLinear
     from buildsys.scheme import Scheme
 
-VERSION = 1
+VERSION = 2
 KIND = "round"
 SEES_TOKENS = True
 

@@ -30,12 +30,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [..., width] -
 
 @dataclass(frozen=True)
 class Block:
-    """One block's weights by their names in the block, all of one dtype and device. `keep_kv` stands in for a quantized KV cache."""
+    """One block's weights by their names in the block, on one device and, where it is to compute, of one dtype. `keep_kv` stands in for
+    a quantized KV cache."""
 
     architecture: Architecture
     layer: int
     weights: Mapping[str, Tensor]
     keep_kv: Callable[[Tensor], Tensor] | None = None
+
+    def to(self, where: torch.dtype | str) -> Block:
+        """Of another type, or on another device (from pinned memory without waiting for the copy)."""
+        return replace(self, weights={name: tensor.to(where, non_blocking=True) for name, tensor in self.weights.items()})
 
     def with_weights(self, changed: Mapping[str, Tensor]) -> Block:
         return replace(self, weights={**self.weights, **changed})
@@ -44,8 +49,13 @@ class Block:
         name = next(linear.name for linear in self.architecture.linears if linear.role == role)
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what linears read and write. The sum that runs past them, `h`, keeps its own, wider type."""
+        return self.weights[self.architecture.attn_norm].dtype
+
     def attn_in(self, h: Tensor) -> Tensor:  # [tokens, hidden] -> same
-        return rms_norm(h, self.weights[self.architecture.attn_norm], self.architecture.rms_norm_eps)
+        return rms_norm(h, self.weights[self.architecture.attn_norm], self.architecture.rms_norm_eps).to(self.dtype)
 
     def qkv(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:  # [tokens, hidden] -> [heads, tokens, head_dim] each
         """Queries, keys and values, normed and rotated: what attention reads and the KV cache holds."""
@@ -59,7 +69,7 @@ class Block:
             q, k = rms_norm(q, self.weights[a.q_norm], a.rms_norm_eps), rms_norm(k, self.weights[a.k_norm], a.rms_norm_eps)
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         cos, sin = rotary
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
 
     def o_in(self, x: Tensor, rotary: Rotary) -> Tensor:  # [tokens, hidden] -> [tokens, heads * head_dim]
         """Causal grouped-query attention over one sequence."""
@@ -76,7 +86,7 @@ class Block:
         return h + self.linear("o", o_in)
 
     def mlp_in(self, h: Tensor) -> Tensor:  # [tokens, hidden] -> same
-        return rms_norm(h, self.weights[self.architecture.mlp_norm], self.architecture.rms_norm_eps)
+        return rms_norm(h, self.weights[self.architecture.mlp_norm], self.architecture.rms_norm_eps).to(self.dtype)
 
     def down_in(self, x: Tensor) -> Tensor:  # [tokens, hidden] -> [tokens, intermediate]
         return F.silu(self.linear("gate", x)) * self.linear("up", x)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -22,23 +23,42 @@ _NOTE = "linears"
 _PARTS = ("codes", "scale", "zero")
 
 
-def save_block(path: Path, linears: Mapping[str, QuantizedLinear], floats: Mapping[str, Tensor]) -> None:
-    """Write a block, whole or not at all. Names are as in the block (`self_attn.q_proj`, `input_layernorm.weight`)."""
+@dataclass(frozen=True)
+class Packed:
+    """A block as its file holds it, in host memory."""
+
+    tensors: Mapping[str, Tensor]
+    notes: Mapping[str, str]
+
+    def save(self, path: Path) -> None:
+        """Whole or not at all."""
+        checkpoint.save(path, self.tensors, self.notes)
+
+
+def packed(linears: Mapping[str, QuantizedLinear], floats: Mapping[str, Tensor]) -> Packed:
+    """A block's tensors, packed where they are and then brought to the host. Names are as in the block (`self_attn.q_proj`,
+    `input_layernorm.weight`)."""
     tensors: dict[str, Tensor] = {}
     for name, linear in linears.items():
         parts = (pack_dense(linear.codes, linear.scheme.bits), linear.scale, linear.zero)
-        tensors |= {f"{name}.{part}": tensor for part, tensor in zip(_PARTS, parts, strict=True)}
+        tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in zip(_PARTS, parts, strict=True)}
     if clash := sorted(tensors.keys() & floats.keys()):
         raise ValueError(f"a float tensor has the name of a part of a linear: {clash[0]}")
     # Widths stand beside the scheme: three codes in three bytes pack like eight.
     note = {name: [dataclasses.asdict(linear.scheme), linear.codes.shape[1]] for name, linear in linears.items()}
-    checkpoint.save(path, tensors | dict(floats), {_NOTE: json.dumps(note, sort_keys=True)})
+    held = {name: tensor.cpu() for name, tensor in floats.items()}
+    return Packed(tensors | held, {_NOTE: json.dumps(note, sort_keys=True)})
 
 
-def load_block(path: Path) -> tuple[dict[str, QuantizedLinear], dict[str, Tensor]]:
+def save_block(path: Path, linears: Mapping[str, QuantizedLinear], floats: Mapping[str, Tensor]) -> None:
+    """Write a block, whole or not at all."""
+    packed(linears, floats).save(path)
+
+
+def load_block(path: Path, device: str = "cpu") -> tuple[dict[str, QuantizedLinear], dict[str, Tensor]]:
     """The linears and the floats of a block. The inverse of `save_block`."""
     note = json.loads(headers.read(path).metadata[_NOTE])
-    tensors = checkpoint.load(path)
+    tensors = checkpoint.load(path, device)
     linears: dict[str, QuantizedLinear] = {}
     for name, (raw, in_features) in note.items():
         scheme = Scheme(**raw)

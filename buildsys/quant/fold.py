@@ -30,7 +30,7 @@ def fold(architecture: Architecture, weights: Mapping[str, Tensor], site: Site, 
     writer, rows, divisor = _writer(architecture, site, scale)
     for name in (f"{writer}.weight", f"{writer}.bias"):
         if name in weights:
-            changed[name] = weights[name].clone()
+            changed[name] = weights[name].float().clone()
             changed[name][rows] = (changed[name][rows].t() / divisor).t()  # rows of a matrix, entries of a bias
     return changed
 

@@ -58,6 +58,11 @@ def min_max(weight: Tensor, scheme: Scheme, shrink: float | Tensor = 1.0) -> Gri
 def least_error(weight: Tensor, scheme: Scheme, importance: Tensor) -> Grid:
     """For each group the shrunken min-max grid of least squared error, each input channel weighted by `importance` [in]."""
     group = scheme.group(weight.shape[1])
+    if weight.is_cuda:
+        from buildsys.quant import kernels
+
+        if kernels.searchable(scheme, weight.shape[1]):
+            return min_max(weight, scheme, kernels.least_error_shrinks(weight.contiguous(), scheme, importance.contiguous(), SHRINKS))
     best_error = torch.full((weight.shape[0], scheme.groups(weight.shape[1])), torch.inf, device=weight.device)
     best = torch.ones_like(best_error)
     for shrink in SHRINKS:

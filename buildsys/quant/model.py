@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -15,12 +17,14 @@ from buildsys.io.checkpoint import Checkpoint
 from buildsys.quant.block import Block, rms_norm
 from buildsys.quant.linear import QuantizedLinear
 
+KEEP_BYTES = 5 << 30  # of hidden states that may stay on a GPU: 128 windows of 2,048 tokens of a model 4,096 wide take 4 GiB
+AHEAD = 4  # blocks that are read while one computes
 HEAD_CHUNK_TOKENS = 256  # logits of this many tokens at a time: vocabularies are wide
 
 
 @dataclass(frozen=True)
 class Model:
-    """Reads what is asked for, when it is asked for, in float32 on `device`; keeps nothing."""
+    """Reads what is asked for, when it is asked for, as `dtype` on `device`; keeps nothing."""
 
     architecture: Architecture
     checkpoint: Checkpoint
@@ -28,6 +32,32 @@ class Model:
     unpack: Callable[[Mapping[str, Tensor]], QuantizedLinear] | None = None  # None: a float model
     left_float: frozenset[str] = frozenset()  # whole names of linears that the artifact holds unquantized
     keep_kv: Callable[[Tensor], Tensor] | None = None
+    dtype: torch.dtype = torch.float32  # of a block's weights, and so of its products
+
+    def at_speed(self) -> Model:
+        """The same model as its engine will compute it: on a GPU in the half-precision type that its weights are stored in, with sums in
+        float32. Half the memory, and a tensor core's speed; on a CPU, and for weights stored in float32, nothing changes."""
+        stored = self.checkpoint.dtype(self.architecture.embed)
+        half = self.device != "cpu" and stored in (torch.float16, torch.bfloat16)
+        return replace(self, dtype=stored) if half else self
+
+    def blocks(self, layers: Iterable[int]) -> Iterator[Block]:
+        """These blocks in turn. On a GPU the next ones are read into pinned host memory while one computes."""
+        if self.device == "cpu":
+            yield from map(self.block, layers)
+            return
+        with ThreadPoolExecutor(AHEAD) as readers:
+            coming: deque[Future[Block]] = deque()
+            for layer in layers:
+                coming.append(readers.submit(self._pinned, layer))
+                if len(coming) > AHEAD:
+                    yield coming.popleft().result().to(self.device)
+            while coming:
+                yield coming.popleft().result().to(self.device)
+
+    def _pinned(self, layer: int) -> Block:
+        block = replace(self, device="cpu").block(layer)
+        return block.with_weights({name: tensor.pin_memory() for name, tensor in block.weights.items()})
 
     def block(self, layer: int) -> Block:
         """Block `layer`, its packed linears dequantized."""
@@ -36,10 +66,10 @@ class Model:
         packed = {} if self.unpack is None else {linear.name: linear for linear in self.architecture.linears}
         for name in packed:
             if prefix + name not in self.left_float:
-                weights[f"{name}.weight"] = self.linear(prefix + name).dequantize()
+                weights[f"{name}.weight"] = self.linear(prefix + name).dequantize(self.dtype)
         for name in self.architecture.block_tensors():
             if name not in weights:
-                weights[name] = self.checkpoint.load(prefix + name, torch.float32, self.device)
+                weights[name] = self.checkpoint.load(prefix + name, self.dtype, self.device)
         return Block(self.architecture, layer, weights, self.keep_kv)
 
     def linear(self, name: str) -> QuantizedLinear:
@@ -57,10 +87,11 @@ class Model:
         return found
 
     def embed(self, tokens: Tensor) -> list[Tensor]:  # [windows, tokens] -> windows x [tokens, hidden]
-        """The rows of the embedding that the tokens name, in host memory."""
+        """The rows of the embedding that the tokens name, in float32; on the GPU where all of them have room there."""
         name = self.architecture.embed
-        table = self.checkpoint.load(name, self.checkpoint.dtype(name), "cpu")
-        return [table[window.long()].float() for window in tokens]
+        home = self.device if 4 * tokens.numel() * self.architecture.hidden_size <= KEEP_BYTES else "cpu"
+        table = self.checkpoint.load(name, self.checkpoint.dtype(name), home)
+        return [table[window.long().to(home)].float() for window in tokens]
 
     def head(self) -> Head:
         a = self.architecture

@@ -46,7 +46,14 @@ def gram_blocks(x: Tensor) -> Tensor:  # [tokens, in] -> [blocks, 128, 128]
     """Sums of x x^T over tokens, by blocks of 128 channels."""
     padded = torch.nn.functional.pad(x, (0, -x.shape[1] % GRAM_BLOCK))
     by_block = torch.unflatten(padded, 1, (-1, GRAM_BLOCK)).transpose(0, 1)  # [blocks, tokens, 128]
-    return by_block.transpose(1, 2) @ by_block
+    if x.dtype == torch.float32:
+        return by_block.transpose(1, 2) @ by_block
+    return torch.bmm(by_block.transpose(1, 2), by_block, out_dtype=torch.float32)
+
+
+def gram(x: Tensor) -> Tensor:  # [tokens, in] -> float32 [in, in]
+    """The sum of x x^T over tokens; half-precision inputs are summed in float32 by tensor cores."""
+    return x.t() @ x if x.dtype == torch.float32 else torch.mm(x.t(), x, out_dtype=torch.float32)
 
 
 def calibrate(model: Model, tokens: Tensor, folder: Path, resources: Resources, progress: Progress) -> None:
@@ -54,11 +61,10 @@ def calibrate(model: Model, tokens: Tensor, folder: Path, resources: Resources, 
 
     Sums run window by window in their order, so neither threads nor batch change a bit.
     """
-    architecture = model.architecture
+    architecture, model = model.architecture, model.at_speed()
     rotary = tables(architecture, tokens.shape[1], resources.device)
     hidden = model.embed(tokens)
-    for layer in range(architecture.layers):
-        block = model.block(layer)
+    for layer, block in enumerate(model.blocks(range(architecture.layers))):
         total: dict[str, Tensor] = {}
         for at, (seen, after) in enumerate(ordered(partial(_observe, block, rotary), hidden, resources)):
             hidden[at] = after
@@ -80,20 +86,22 @@ def _is_extreme(name: str) -> bool:
 
 def _observe(block: Block, rotary: Rotary, h: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Statistics of one window, [tokens, hidden], and the block's output."""
+    home = h.device
     h = h.to(rotary[0].device)
     seen: dict[str, Tensor] = {}
 
     def see(site: Site, x: Tensor) -> Tensor:
         magnitude = x.abs()
-        seen[f"{site}.absmean"], seen[f"{site}.absmax"], seen[f"{site}.gram"] = magnitude.sum(0), magnitude.amax(0), gram_blocks(x)
+        seen[f"{site}.absmean"] = magnitude.sum(0, dtype=torch.float32)
+        seen[f"{site}.absmax"], seen[f"{site}.gram"] = magnitude.amax(0).float(), gram_blocks(x)
         return x
 
     x = see("attn_in", block.attn_in(h))
     _, k, v = block.qkv(x, rotary)
     for name, cached in (("k", k), ("v", v)):
-        seen[f"{name}.min"], seen[f"{name}.max"] = cached.amin((1, 2)), cached.amax((1, 2))  # [kv_heads]
+        seen[f"{name}.min"], seen[f"{name}.max"] = cached.amin((1, 2)).float(), cached.amax((1, 2)).float()  # [kv_heads]
     h = block.after_attention(h, see("o_in", block.o_in(x, rotary)))
-    return seen, block.after_mlp(h, see("down_in", block.down_in(see("mlp_in", block.mlp_in(h))))).cpu()
+    return seen, block.after_mlp(h, see("down_in", block.down_in(see("mlp_in", block.mlp_in(h))))).to(home)
 
 
 def _add(total: dict[str, Tensor], seen: Mapping[str, Tensor]) -> None:

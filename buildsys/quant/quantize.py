@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,11 +23,12 @@ from buildsys import disk
 from buildsys.architecture import SITES, Linear, Site
 from buildsys.errors import BuildError
 from buildsys.quant.block import Block
-from buildsys.quant.blocks import load_block, save_block
+from buildsys.quant.blocks import Packed, load_block, packed
 from buildsys.quant.fold import fold, tied_channels
 from buildsys.quant.linear import QuantizedLinear
 from buildsys.quant.model import Model
 from buildsys.quant.observe import Progress, SiteStats, load_stats
+from buildsys.quant.parallel import Behind
 from buildsys.quant.search import gram_norm
 from buildsys.quant.stream import Walk
 from buildsys.scheme import Scheme
@@ -63,6 +65,11 @@ class Rounded:
     floats: Mapping[str, Tensor]
     errors: Mapping[str, float]
 
+    def weights(self) -> dict[str, Tensor]:
+        """In float32, as an engine dequantizes them."""
+        floats = {name: tensor.float() for name, tensor in self.floats.items()}
+        return floats | {f"{name}.weight": linear.dequantize() for name, linear in self.linears.items()}
+
 
 def block_name(layer: int) -> str:
     return f"block-{layer:05d}.safetensors"
@@ -76,28 +83,38 @@ def quantize(
     model: Model, job: Job, stats: Callable[[int], Path], tokens: Tensor | None, folder: Path, resources: Resources, progress: Progress
 ) -> None:
     """Writes one block file and its errors for each layer into `folder`; what is already there is kept."""
-    architecture = model.architecture
+    architecture, model = model.architecture, model.at_speed()
     walk = None if tokens is None or not job.sees_tokens else Walk(model, tokens, resources)
-    for layer in range(architecture.layers):
-        path = folder / block_name(layer)
-        finished = path.exists()  # by an earlier process: files appear whole or not at all
-        if not finished:
-            observed = load_stats(stats(layer), resources.device)
-            block, scales = rescale(model.block(layer), observed, job)
-            rounded = round_block(block, job, {site: observed[site].divided(scales[site]) for site in SITES}, walk)
-            disk.write(folder / errors_name(layer), json.dumps(rounded.errors, sort_keys=True, allow_nan=False).encode())
-            save_block(path, rounded.linears, rounded.floats)
-        if walk is not None and layer + 1 < architecture.layers:
-            block = Block(architecture, layer, quantized_weights(path, resources.device))
-            (walk.replay if finished else walk.finish)(block)
-        progress("quantize", layer + 1, architecture.layers)
+    left = [layer for layer in range(architecture.layers) if not (folder / block_name(layer)).exists()]  # files appear whole or not at all
+    blocks = model.blocks(left)
+    with Behind() as writer:
+        for layer in range(architecture.layers):
+            leaves = walk is not None and layer + 1 < architecture.layers
+            weights: dict[str, Tensor] = {}
+            if layer in left:
+                observed = load_stats(stats(layer), resources.device)
+                block, scales = rescale(next(blocks), observed, job)
+                rounded = round_block(block, job, {site: observed[site].divided(scales[site]) for site in SITES}, walk)
+                writer.do(partial(_write, folder, layer, rounded.errors, packed(rounded.linears, rounded.floats)))
+                weights = rounded.weights() if leaves else {}
+                del block, rounded  # a GPU holds the next block's instead
+            elif leaves:
+                weights = quantized_weights(folder / block_name(layer), resources.device)
+            if walk is not None and leaves:
+                (walk.finish if layer in left else walk.replay)(Block(architecture, layer, weights))
+            del weights
+            progress("quantize", layer + 1, architecture.layers)
+
+
+def _write(folder: Path, layer: int, errors: Mapping[str, float], block: Packed) -> None:
+    disk.write(folder / errors_name(layer), json.dumps(errors, sort_keys=True, allow_nan=False).encode())
+    block.save(folder / block_name(layer))
 
 
 def quantized_weights(path: Path, device: str) -> dict[str, Tensor]:
     """A finished block's weights in float32."""
-    linears, floats = load_block(path)
-    weights = {name: tensor.float().to(device) for name, tensor in floats.items()}
-    return weights | {f"{name}.weight": linear.dequantize().to(device) for name, linear in linears.items()}
+    linears, floats = load_block(path, device)
+    return Rounded(linears, floats, {}).weights()
 
 
 def rescale(block: Block, stats: Mapping[Site, SiteStats], job: Job) -> tuple[Block, dict[Site, Tensor]]:
@@ -127,7 +144,7 @@ def round_block(block: Block, job: Job, stats: Mapping[Site, SiteStats], walk: W
     for site in SITES:
         gram = stats[site] if walk is None else walk.gram(block, site)
         for linear, found in _round_site(block, _rounded_at(block, site, job), gram, job):
-            weight = block.weights[f"{linear.name}.weight"]
+            weight = block.weights[f"{linear.name}.weight"].float()
             rounded = found.dequantize()
             errors[prefix + linear.name] = _output_norm(rounded - weight, gram) / max(_output_norm(weight, gram), 1e-30)
             linears[linear.name] = found
@@ -153,7 +170,7 @@ def _round_site(block: Block, chosen: Sequence[Linear], gram: Tensor | SiteStats
     """Rounds the linears of one site together, since they share inputs: rows are independent."""
     if not chosen:
         return
-    stacked = torch.cat([block.weights[f"{linear.name}.weight"] for linear in chosen])
+    stacked = torch.cat([block.weights[f"{linear.name}.weight"].float() for linear in chosen])
     found: QuantizedLinear = job.rounder.module.round_weights(stacked, gram, job.scheme, job.rounder.knobs)
     sizes = [linear.out_features for linear in chosen]
     parts = zip(*(torch.split(part, sizes) for part in (found.codes, found.scale, found.zero)), strict=True)

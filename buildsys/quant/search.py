@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,19 @@ def gram_norm(error: Tensor, stats: SiteStats) -> float:  # [out, in] -> mean ov
     padded = torch.nn.functional.pad(error, (0, -error.shape[1] % GRAM_BLOCK))
     blocks = torch.unflatten(padded, 1, (-1, GRAM_BLOCK)).transpose(0, 1)  # [blocks, out, 128]
     return float(((blocks @ stats.gram) * blocks).sum())
+
+
+def rounding_errors(weights: Sequence[Tensor], stats: SiteStats, scales: Tensor, scheme: Scheme) -> list[float]:
+    """For each row of `scales` [candidates, in] the mean squared output error of rounding the `weights` (each [out, in], all reading the
+    same inputs) to nearest after their input channels were multiplied by it."""
+    if scales.is_cuda:
+        from buildsys.quant import kernels
+
+        if kernels.searchable(scheme, scales.shape[1]):
+            found = [kernels.rounding_errors(weight.contiguous(), stats.gram.contiguous(), scales, scheme) for weight in weights]
+            errors: list[float] = torch.stack(found).sum(0).tolist()
+            return errors
+    return [sum(rounding_error(weight, stats, scale, scheme) for weight in weights) for scale in scales]
 
 
 def rounding_error(weight: Tensor, stats: SiteStats, scale: Tensor, scheme: Scheme) -> float:

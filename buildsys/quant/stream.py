@@ -10,9 +10,12 @@ from torch import Tensor
 from buildsys.architecture import Site
 from buildsys.quant.block import Block, Rotary
 from buildsys.quant.model import Model
+from buildsys.quant.observe import gram
 from buildsys.quant.parallel import ordered, within
 from buildsys.quant.rotary import tables
 from buildsys.step import Resources
+
+LARGE_BYTES = 256 << 20
 
 
 class Walk:
@@ -22,6 +25,7 @@ class Walk:
     """
 
     def __init__(self, model: Model, tokens: Tensor, resources: Resources) -> None:  # tokens: [windows, tokens]
+        self._dtype = model.dtype
         self._architecture = model.architecture
         self._resources = resources
         self._rotary: Rotary = tables(model.architecture, tokens.shape[1], resources.device)
@@ -32,45 +36,50 @@ class Walk:
     def gram(self, block: Block, site: Site) -> Tensor:  # -> [in, in]
         """The mean over all tokens of x x^T, x being what is read at `site` given the block's weights as they are now."""
         width = self._architecture.width(site)
+        if self._resources.device != "cpu" and 4 * width * width >= LARGE_BYTES:
+            torch.cuda.empty_cache()  # what smaller tensors left in pieces holds no matrix of this size, and would be kept beside it
         total = torch.zeros(width, width, device=self._resources.device)
-        kept: list[Tensor] = []
+        block = block.to(self._dtype)
+        if site == "o_in":
+            self._attended = []
         # Summed window by window in order; the sums of one window are one unit of work.
         resources = within(self._resources, 4 * width * width)
-        for squares, keep in ordered(lambda at: self._site(block, site, at), range(len(self._hidden)), resources):
+        for at, (squares, keep) in enumerate(ordered(lambda at: self._site(block, site, at), range(len(self._hidden)), resources)):
             total += squares
-            if keep is not None:
-                kept.append(keep)
-        if site == "o_in":
-            self._attended = kept
-        elif site == "mlp_in":
-            self._hidden, self._attended = kept, []
+            if site == "o_in":
+                self._attended.append(keep)
+            elif site == "mlp_in":  # at once: two copies of all hidden states are more than a GPU should hold
+                self._hidden[at], self._attended[at] = keep, keep[:0].clone()
         return total.div_(self._tokens)
 
     def finish(self, block: Block) -> None:
         """Leave a block whose four sites were asked for."""
+        block = block.to(self._dtype)
         self._each(lambda h: block.after_mlp(h, block.down_in(block.mlp_in(h))))
 
     def replay(self, block: Block) -> None:
         """Pass through a block that was finished earlier."""
+        block = block.to(self._dtype)
         self._each(lambda h: block.forward(h, self._rotary))
 
     def _each(self, work: Callable[[Tensor], Tensor]) -> None:
         device = self._resources.device
-        for at, after in enumerate(ordered(lambda h: work(h.to(device)).cpu(), self._hidden, self._resources)):
+        for at, after in enumerate(ordered(lambda h: work(h.to(device)).to(h.device), self._hidden, self._resources)):
             self._hidden[at] = after
 
-    def _site(self, block: Block, site: Site, at: int) -> tuple[Tensor, Tensor | None]:
+    def _site(self, block: Block, site: Site, at: int) -> tuple[Tensor, Tensor]:
         """One window's sum of x x^T at `site`, and what later sites need of it."""
+        home = self._hidden[at].device
         h = self._hidden[at].to(self._resources.device)
-        keep: Tensor | None = None
+        keep = h
         if site == "attn_in":
             x = block.attn_in(h)
         elif site == "o_in":
             x = block.o_in(block.attn_in(h), self._rotary)
-            keep = x.cpu()
+            keep = x.to(home)
         elif site == "mlp_in":
             h = block.after_attention(h, self._attended[at].to(h.device))
-            x, keep = block.mlp_in(h), h.cpu()
+            x, keep = block.mlp_in(h), h.to(home)
         else:
             x = block.down_in(block.mlp_in(h))
-        return x.t() @ x, keep
+        return gram(x), keep

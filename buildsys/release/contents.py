@@ -168,7 +168,7 @@ def _lint(
     progress: Progress,
 ) -> Iterator[Said]:
     lint = modules("checks")["lint"]
-    context = SimpleNamespace(architecture=stored, scheme=scheme, format=format, skipped=skipped, progress=progress)
+    context = SimpleNamespace(architecture=stored, scheme=scheme, format=format, skipped=skipped, progress=progress, device="cpu")
     packed = SimpleNamespace(files={name: path for name, path in folder.files.items() if "/" not in name})
     (measured,) = lint.measure(lint.Knobs(), {"packed": packed}, context)
     if not measured.value:

@@ -49,6 +49,7 @@ class Context:
     scheme: Scheme = field(default_factory=lambda: Scheme(4, 32))
     skipped: frozenset[str] = frozenset()
     format: ModuleType | None = None
+    device: str = "cpu"
 
     def progress(self, what: str, done: int, total: int) -> None:
         assert done <= total

@@ -65,7 +65,7 @@ class Build:
         }
         steps: list[object] = []
         context = SimpleNamespace(
-            architecture=ARCHITECTURE, scheme=SCHEME, format=awq, skipped=[KEPT], progress=lambda *step: steps.append(step)
+            device="cpu", architecture=ARCHITECTURE, scheme=SCHEME, format=awq, skipped=[KEPT], progress=lambda *step: steps.append(step)
         )
         found = codes.measure(codes.Knobs(), inputs, context)
         assert [measurement.name for measurement in found] == list(codes.FIXED) and steps[-1] == ("codes", 2, 2)

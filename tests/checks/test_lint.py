@@ -77,7 +77,7 @@ def findings(tensors: Mapping[str, Tensor], folder: Path, scheme: Scheme) -> tup
     save(folder / SINGLE, tensors)
     seen: list[Any] = []
     context = SimpleNamespace(
-        architecture=ARCHITECTURE, scheme=scheme, format=awq, skipped=[KEPT], progress=lambda *step: seen.append(step)
+        device="cpu", architecture=ARCHITECTURE, scheme=scheme, format=awq, skipped=[KEPT], progress=lambda *step: seen.append(step)
     )
     (found,) = lint.measure(lint.Knobs(), {"packed": Packed({SINGLE: folder / SINGLE})}, context)
     assert found.name == "findings" and found.value == found.low == found.high and seen[-1] == ("lint", 3, 3)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from buildsys.errors import BuildError
 from buildsys.methods import gptq, rtn
-from buildsys.quant.compensate import BLOCK, compensated, inverse_factor
+from buildsys.quant.compensate import BLOCK, compensated, unit_factor
 from buildsys.quant.grid import Grid, min_max
 from buildsys.scheme import Scheme
 
@@ -71,12 +71,13 @@ def test_the_order_of_activations_changes_codes_and_groups_stay_where_they_are()
     assert not torch.equal(one.codes, other.codes)
 
 
-def test_the_factor_is_that_of_the_damped_inverse() -> None:
+def test_the_factor_is_that_of_the_damped_moments() -> None:
     _, gram = layer(3, 48)
-    upper = inverse_factor(gram.double(), 0.05)
+    upper = unit_factor(gram.double(), 0.05)  # a copy, which is used up
     damped = gram.double() + 0.05 * gram.double().diagonal().mean() * torch.eye(48, dtype=torch.float64)
-    torch.testing.assert_close(upper.t() @ upper @ damped, torch.eye(48, dtype=torch.float64), rtol=0, atol=1e-8)
-    assert torch.equal(upper, upper.triu())
+    pivots = torch.linalg.cholesky(damped).diagonal()
+    torch.testing.assert_close((upper.t() * pivots.square()) @ upper, damped, rtol=0, atol=1e-8)
+    assert torch.equal(upper, upper.triu()) and torch.equal(upper.diagonal(), torch.ones(48, dtype=torch.float64))
 
 
 def test_without_correlation_it_is_rounding_to_nearest() -> None:

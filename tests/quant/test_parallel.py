@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from buildsys.quant.parallel import ordered
+from buildsys.quant.parallel import Behind, ordered
 from buildsys.step import Resources
 
 RESOURCES = [Resources(threads, batch) for threads in (1, 2, 5) for batch in (1, 8)]
@@ -75,3 +75,25 @@ def test_no_gradients_are_kept(resources: Resources) -> None:
     weight = torch.ones(2, requires_grad=True)
     assert [result.requires_grad for result in ordered(lambda unit: weight * unit, range(3), resources)] == [False] * 3
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_behind_does_one_thing_at_a_time_in_order_and_waits_at_the_end() -> None:
+    done: list[int] = []
+    with Behind() as behind:
+        for number in range(20):
+            behind.do(lambda number=number: done.append(number))
+    assert done == list(range(20))
+
+
+def test_what_fails_behind_is_raised_in_front() -> None:
+    def fail() -> None:
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"), Behind() as behind:
+        behind.do(fail)
+    with pytest.raises(OSError, match="full"), Behind() as behind:
+        behind.do(fail)
+        behind.do(lambda: None)
+    with pytest.raises(ValueError, match="first"), Behind() as behind:
+        behind.do(fail)
+        raise ValueError("first")
