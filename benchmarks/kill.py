@@ -65,7 +65,7 @@ def command(recipe: str) -> list[str]:
 
 
 def digest(root: Path, recipe: str) -> str:
-    return Path(os.readlink(root / "artifacts" / recipe)).name
+    return Path(os.readlink(root / "artifacts" / recipe)).name.partition("-")[0]  # then comes the release, which tells times
 
 
 def kill_after(moment_s: float, root: Path, recipe: str) -> list[psutil.Process]:
