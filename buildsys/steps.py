@@ -148,7 +148,7 @@ def pack(request: Request, progress: Progress) -> None:
     format, scheme = modules("formats")[request.knobs["format"]["name"]], Scheme(**request.knobs["scheme"])
     writer = Writer(request.stage, packed_layout(architecture, format, scheme, frozenset(request.knobs["skip"])), {}, MAX_SHARD_BYTES)
     outside = [name for name in (architecture.embed, architecture.final_norm, architecture.lm_head) if name is not None]
-    with Behind() as behind:
+    with Behind(request.resources.device) as behind:
         for name in outside:
             half = to_half(source.load(name, source.dtype(name), request.resources.device), name)
             assert half.dtype == DTYPES[format.FLOATS]

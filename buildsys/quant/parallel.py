@@ -68,10 +68,11 @@ def tensor_cores(device: str) -> Iterator[None]:
 
 
 class Behind:
-    """One piece of work at a time beside the caller's own: what is finished is written while the next is computed."""
+    """One piece of work at a time beside the caller's own: what is finished is written while a GPU computes the next. On a CPU, which
+    would only do two things by halves and hold both in memory, at once."""
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1)
+    def __init__(self, device: str) -> None:
+        self._pool = ThreadPoolExecutor(1) if device != "cpu" else None
         self._last: Future[None] | None = None
 
     def __enter__(self) -> Behind:
@@ -79,11 +80,15 @@ class Behind:
 
     def do(self, work: Callable[[], None]) -> None:
         """Starts `work` when what came before it is done; what that raised is raised here."""
+        if self._pool is None:
+            work()
+            return
         if self._last is not None:
             self._last.result()
         self._last = self._pool.submit(work)
 
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
-        self._pool.shutdown()
+        if self._pool is not None:
+            self._pool.shutdown()
         if self._last is not None and failed is None:
             self._last.result()

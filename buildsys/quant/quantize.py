@@ -87,7 +87,7 @@ def quantize(
     walk = None if tokens is None or not job.sees_tokens else Walk(model, tokens, resources)
     left = [layer for layer in range(architecture.layers) if not (folder / block_name(layer)).exists()]  # files appear whole or not at all
     blocks = model.blocks(left)
-    with Behind() as writer:
+    with Behind(resources.device) as writer:
         for layer in range(architecture.layers):
             leaves = walk is not None and layer + 1 < architecture.layers
             weights: dict[str, Tensor] = {}

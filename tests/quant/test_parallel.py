@@ -77,23 +77,25 @@ def test_no_gradients_are_kept(resources: Resources) -> None:
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
-def test_behind_does_one_thing_at_a_time_in_order_and_waits_at_the_end() -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_behind_does_one_thing_at_a_time_in_order_and_waits_at_the_end(device: str) -> None:
     done: list[int] = []
-    with Behind() as behind:
+    with Behind(device) as behind:
         for number in range(20):
             behind.do(lambda number=number: done.append(number))
     assert done == list(range(20))
 
 
-def test_what_fails_behind_is_raised_in_front() -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_fails_behind_is_raised_in_front(device: str) -> None:
     def fail() -> None:
         raise OSError("the disk is full")
 
-    with pytest.raises(OSError, match="full"), Behind() as behind:
+    with pytest.raises(OSError, match="full"), Behind(device) as behind:
         behind.do(fail)
-    with pytest.raises(OSError, match="full"), Behind() as behind:
+    with pytest.raises(OSError, match="full"), Behind(device) as behind:
         behind.do(fail)
         behind.do(lambda: None)
-    with pytest.raises(ValueError, match="first"), Behind() as behind:
+    with pytest.raises(ValueError, match="first"), Behind("cuda") as behind:
         behind.do(fail)
         raise ValueError("first")
