@@ -1,21 +1,28 @@
 """What a decoder-only model is made of, in canonical names; archs/ writes one from a vendor's config.json, quant/ computes with it.
 
-Covered: pre-norm blocks of RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864), grouped-query attention (arXiv:2305.13245)
-and SwiGLU (arXiv:2002.05202). No torch here: planning reads it too.
+Covered: pre-norm blocks of RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864), grouped-query attention (arXiv:2305.13245),
+and SwiGLU (arXiv:2002.05202) or a mixture of such experts (arXiv:1701.06538, arXiv:2401.04088). No torch here: planning reads it too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from buildsys.errors import BuildError
 
-Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "down"]
-Site = Literal["attn_in", "o_in", "mlp_in", "down_in"]
+Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"]
+QkvRows = Literal["grouped", "stacked"]
+"""Rows of a matrix with role `qkv`: for each key/value head its queries, key and value (InternLM2), or all queries, keys, values (Phi-3).
+Rows of one with role `gate_up` are all of the gate, then all of up."""
+Site = str
 SITES: tuple[Site, ...] = ("attn_in", "o_in", "mlp_in", "down_in")
-"""The four places in a block where linears read: each has one distribution of activations, and one AWQ scale vector."""
+"""The four places in a block where linears read: each has one distribution of activations, and one AWQ scale vector.
+
+In a mixture, expert 3 reads what the router sends it, at `mlp_in.3`, and its down at `down_in.3`. All experts read behind one norm, so the
+scale vector of what they read is one too, that of `mlp_in` (`scale_site`)."""
 
 
 ROPE_KINDS: dict[str, tuple[str, ...]] = {
@@ -40,6 +47,7 @@ class Linear:
     in_features: int
     out_features: int
     bias: bool = False
+    expert: int | None = None  # the one of a mixture that it belongs to
 
 
 @dataclass(frozen=True)
@@ -52,13 +60,23 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture in place of the MLP: a router sends each token to `per_token` of `count` experts, and sums their answers by its shares."""
+
+    router: str  # within the block: a weight [count, hidden], never quantized
+    count: int
+    per_token: int
+    shares_sum_to_one: bool  # else they are the chosen experts' shares of the softmax over all
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Shapes and names of one model. Names of block tensors are relative to `block_prefix` formatted with the layer's index."""
 
     model_type: str
     layers: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of a mixture: of one expert
     heads: int
     kv_heads: int
     head_dim: int
@@ -75,16 +93,50 @@ class Architecture:
     lm_head: str | None  # None: tied to `embed`
     q_norm: str | None = None  # per-head RMSNorm of queries and keys (Qwen3)
     k_norm: str | None = None
+    qkv_rows: QkvRows = "grouped"
     sliding_window: tuple[int | None, ...] = ()  # one entry a layer; empty: full attention everywhere
+    experts: Experts | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     def prefix(self, layer: int) -> str:
         return self.block_prefix.format(layer)
 
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """Where linears read, in the order in which a block computes; without experts SITES."""
+        return tuple(dict.fromkeys(linear.site for linear in self.linears))
+
+    @cached_property
+    def scale_sites(self) -> tuple[Site, ...]:
+        """Where a scale vector can be folded in, in the same order."""
+        return tuple(dict.fromkeys(scale_site(site) for site in self.sites))
+
     def at(self, site: Site) -> tuple[Linear, ...]:
-        """The linears that read at `site`, in stored order."""
-        return tuple(linear for linear in self.linears if linear.site == site)
+        """The linears that read at `site`, or whose inputs are scaled there, in stored order."""
+        return self._at[site]
+
+    @cached_property
+    def _at(self) -> dict[Site, tuple[Linear, ...]]:
+        found: dict[Site, list[Linear]] = {}
+        for linear in self.linears:
+            for site in {linear.site, scale_site(linear.site)}:
+                found.setdefault(site, []).append(linear)
+        return {site: tuple(linears) for site, linears in found.items()}
+
+    def linear(self, role: Role, expert: int | None = None) -> Linear | None:
+        """The linear of that role; None where another one holds its rows."""
+        return self._by_role.get((role, expert))
+
+    @cached_property
+    def _by_role(self) -> dict[tuple[Role, int | None], Linear]:
+        return {(linear.role, linear.expert): linear for linear in self.linears}
+
+    def routers(self) -> tuple[str, ...]:
+        """Whole names of what decides between experts, as modules: linears that no scheme is for."""
+        if self.experts is None:
+            return ()
+        return tuple(self.prefix(layer) + self.experts.router.removesuffix(".weight") for layer in range(self.layers))
 
     def window(self, layer: int) -> int | None:
         return self.sliding_window[layer] if self.sliding_window else None
@@ -99,6 +151,8 @@ class Architecture:
         for norm in (self.q_norm, self.k_norm):
             if norm is not None:
                 found[norm] = (self.head_dim,)
+        if self.experts is not None:
+            found[self.experts.router] = (self.experts.count, self.hidden_size)
         for linear in self.linears:
             found[f"{linear.name}.weight"] = (linear.out_features, linear.in_features)
             if linear.bias:
@@ -113,6 +167,20 @@ class Architecture:
         for layer in range(self.layers):
             found |= {self.prefix(layer) + name: shape for name, shape in self.block_tensors().items()}
         return found
+
+
+def scale_site(site: Site) -> Site:
+    """Where the scale of what is read at `site` is folded in."""
+    return "mlp_in" if site.startswith("mlp_in.") else site
+
+
+def fused(a: Architecture) -> Iterator[tuple[Linear, ...]]:
+    """Linears of a block that engines make one matrix of when they load: queries, keys and values; gate with up, of each expert."""
+    for roles in (("q", "k", "v"), ("gate", "up")):
+        for expert in dict.fromkeys(linear.expert for linear in a.linears):
+            together = tuple(linear for linear in a.linears if linear.role in roles and linear.expert == expert)
+            if len(together) > 1:
+                yield together
 
 
 def read_rope(config: Mapping[str, Any], where: str) -> Rope:
@@ -205,6 +273,28 @@ def llama_family(
         q_norm="self_attn.q_norm.weight" if qk_norm else None,
         k_norm="self_attn.k_norm.weight" if qk_norm else None,
     )
+
+
+def mixture(dense: Architecture, experts: Experts, width: int, names: tuple[str, str, str]) -> Architecture:
+    """`dense` with experts, each `width` wide, in place of its MLP. `names`: of gate, up and down, with {} for an expert's number."""
+    hidden, gate, up, down = dense.hidden_size, *names
+    linears = [linear for linear in dense.linears if linear.site in ("attn_in", "o_in")]
+    for at in range(experts.count):
+        linears.append(Linear(gate.format(at), "gate", f"mlp_in.{at}", hidden, width, expert=at))
+        linears.append(Linear(up.format(at), "up", f"mlp_in.{at}", hidden, width, expert=at))
+        linears.append(Linear(down.format(at), "down", f"down_in.{at}", width, hidden, expert=at))
+    return replace(dense, linears=tuple(linears), experts=experts, intermediate_size=width)
+
+
+def read_experts(config: Mapping[str, Any], where: str, router: str, count: int, per_token: int, shares_sum_to_one: bool) -> Experts:
+    """A mixture's numbers; `count` and `per_token` are the family's own, for what config.json leaves out.
+
+    The number of experts has two spellings, and transformers 5 writes either for either family."""
+    known = "num_experts" if config.get("num_local_experts") is None else "num_local_experts"
+    found = Experts(router, size(config, known, where, count), size(config, "num_experts_per_tok", where, per_token), shares_sum_to_one)
+    if found.per_token > found.count:
+        raise BuildError(where, f"num_experts_per_tok {found.per_token} is more than {known} {found.count}", _REPAIR)
+    return found
 
 
 def common(config: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -84,7 +84,8 @@ def _complaint(where: Where, branches: list[ErrorDetails], model: type[BaseModel
     if kind in ("value_error", "assertion_error"):
         return Complaint(place, f"{name}: {_message(details)}", f"correct {key}")
     if kind == "too_short":
-        return Complaint(place, f"{name} is empty", f"write at least {details['ctx']['min_length']} of them")
+        least, there = details["ctx"]["min_length"], details["ctx"]["actual_length"]
+        return Complaint(place, f"{name} {f'has {there} of at least {least}' if there else 'is empty'}", f"write at least {least} of them")
     expected = _expected(field, branches)
     fix = f"set {name} to {expected}"
     if all(branch["type"] == "string_type" for branch in branches) and isinstance(value, int | float):
@@ -106,7 +107,7 @@ def _unknown(place: str, where: Where, key: str, model: type[BaseModel]) -> Comp
     if owner is not None and issubclass(owner, Choice):
         what = f"{dotted(around)}: {key} is no choice"
         return Complaint(place, what, f"did you mean {near}?" if near else f"choices: {', '.join(known) or 'none'}")
-    fix = f"remove it; {dotted(around)} has {'the keys ' + ', '.join(known) if known else 'no keys'}"
+    fix = f"remove it; {dotted(around)} knows {', '.join(known) or 'no keys'}"
     return Complaint(place, f"{dotted((*around, key))} is an unknown key", f"did you mean {near}?" if near else fix)
 
 
@@ -148,6 +149,8 @@ def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return f"a mapping with {', '.join([name for name in fields if fields[name].is_required()] or fields) or 'no keys'}"
     if arguments and origin in (tuple, list):
         return "a list"
+    if origin is Mapping:
+        return "a mapping"
     if arguments:
         return _or([str(value) for value in arguments])
     if annotation is bool:
@@ -203,14 +206,19 @@ def _field_at(model: type[BaseModel], where: Where) -> FieldInfo | None:
 
 
 def _model_at(model: type[BaseModel], where: Where) -> type[BaseModel] | None:
-    """The model that describes the mapping at `where`; a list's items are what the list's field takes."""
+    """The model that describes the mapping at `where`; items of a list, or of a mapping from any key, are what its field takes."""
     found: type[BaseModel] | None = model
+    any_key = False
     for key in where:
         if found is None or isinstance(key, int):
             continue
+        if any_key:
+            any_key = False
+            continue
         field = next((field for name, field in found.model_fields.items() if (field.alias or name) == key), None)
         found = _inner(field.annotation) if field is not None else None
-    return found
+        any_key = field is not None and get_origin(field.annotation) is Mapping
+    return None if any_key else found
 
 
 def _inner(annotation: Any) -> type[BaseModel] | None:

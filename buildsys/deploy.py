@@ -16,7 +16,9 @@ def config(source: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[s
     """The source's config.json with the quantization and its type; without `auto_map`, since no code of the source's comes along."""
     said = {key: value for key, value in source.items() if key != "auto_map"}
     said.pop("dtype", None)
-    return said | {"torch_dtype": "float16", "quantization_config": dict(quantization)}
+    # A model whose own config class stays behind is read by transformers' bare one, which since 5.0 has no defaults for what engines ask.
+    bare = {"pad_token_id": None, "tie_word_embeddings": False} if "auto_map" in source else {}
+    return bare | said | {"torch_dtype": "float16", "quantization_config": dict(quantization)}
 
 
 def tokenizer_config(source: Mapping[str, Any], fast: bool) -> dict[str, Any]:

@@ -6,15 +6,15 @@ sizes it, workspace by the buffers of unified_attention_layer.cc and language_mo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, prod
 from types import MappingProxyType
 from typing import Literal
 
-from buildsys.architecture import SITES, Architecture, Linear
+from buildsys.architecture import Architecture, Linear, Site
 from buildsys.gpus import GPU, KvPolicy
-from buildsys.scheme import Scheme
+from buildsys.scheme import Schemes
 
 GIB = 2**30
 KV_BITS: Mapping[KvPolicy, int] = MappingProxyType({"none": 16, "int8": 8, "int4": 4})
@@ -105,8 +105,8 @@ def cuda_speed(gpu: GPU) -> Speed:
     return Speed(flops, 0.5 * gpu.bandwidth_gb_s * 1e9, flops, 55e-6, 0.75e-3)
 
 
-def weights(architecture: Architecture, scheme: Scheme | None, skipped: Collection[str] = ()) -> tuple[TensorBytes, ...]:
-    """Every tensor's bytes; `scheme` None is the source model in float16; `skipped` are linears, by whole name, that stay float.
+def weights(architecture: Architecture, schemes: Schemes | None) -> tuple[TensorBytes, ...]:
+    """Every tensor's bytes; `schemes` None is the source model in float16.
 
     A quantized [out, in] weight is out x in codes of `bits`, and for each of its out x groups a float16 scale and, on disk, a zero of
     `bits`. The engine fuses scale and zero to two float16 (linear_weight.cc, fuse_scales_and_zeros). Tied embeddings are one tensor on
@@ -116,7 +116,8 @@ def weights(architecture: Architecture, scheme: Scheme | None, skipped: Collecti
     found = []
     for name, shape in architecture.tensors().items():
         module = name.removesuffix(".weight")
-        linear = linears.get(module) if module != name and module not in skipped else None
+        linear = linears.get(module) if module != name else None
+        scheme = schemes.of(module) if schemes is not None and linear is not None else None
         if scheme is None or linear is None:
             copies = 2 if name == architecture.embed and architecture.lm_head is None else 1
             found.append(TensorBytes(name, shape, False, 2 * prod(shape), copies * 2 * prod(shape)))
@@ -141,7 +142,8 @@ def workspace_bytes(architecture: Architecture, session_len: int, max_batch_size
     """Activations of the largest forward and the engine's fixed buffers, on one of `count` GPUs. float16 unless said.
 
     Alive at once: the residual and two hidden states of PREFILL_TOKENS (fewer where no batch has so many); the larger of attention
-    (q, k, v, its output, and one session's keys and values unpacked) and MLP (gate, up, their product); split-k partial sums in float32;
+    (q, k, v, its output, and one session's keys and values unpacked) and MLP (gate, up, their product, of a mixture for each expert that
+    a token asks); split-k partial sums in float32;
     and a batch's logits in float16, then float32, then sampling's sorted copy and indices.
     """
     tokens = min(PREFILL_TOKENS, session_len * max_batch_size)
@@ -150,7 +152,8 @@ def workspace_bytes(architecture: Architecture, session_len: int, max_batch_size
     hidden_bytes = 3 * 2 * tokens * architecture.hidden_size
     unpacked_bytes = 2 * 2 * (session_len + KV_BLOCK_TOKENS) * kv_heads * head
     attention_bytes = 2 * tokens * (2 * heads + 2 * kv_heads) * head + unpacked_bytes
-    mlp_bytes = 2 * tokens * 3 * ceil(architecture.intermediate_size / count)
+    asked = 1 if architecture.experts is None else architecture.experts.per_token
+    mlp_bytes = 2 * tokens * asked * 3 * ceil(architecture.intermediate_size / count)
     split_bytes = 4 * SPLIT_K_TOKENS * heads * (head + 2)
     logits_bytes = max_batch_size * architecture.vocab_size * (2 + 4 + 4 + 4)
     return hidden_bytes + max(attention_bytes, mlp_bytes) + split_bytes + logits_bytes + GEMM_BYTES + (GROUP_BYTES if count > 1 else 0)
@@ -158,7 +161,7 @@ def workspace_bytes(architecture: Architecture, session_len: int, max_batch_size
 
 def serving(
     architecture: Architecture,
-    scheme: Scheme | None,
+    schemes: Schemes | None,
     gpu: GPU,
     *,
     kv_policy: KvPolicy,
@@ -166,11 +169,10 @@ def serving(
     session_len: int,
     max_batch_size: int,
     count: int = 1,
-    skipped: Collection[str] = (),
 ) -> Serving:
     """Fills one of `count` GPUs as CreateEngine does: context, weights, then a pool of `max_entry_count` of what is free; the rest is
     workspace's. Matrices are shared out evenly over the GPUs, norms and biases are copied to each."""
-    held = weights(architecture, scheme, skipped)
+    held = weights(architecture, schemes)
     matrices_bytes = sum(each.gpu_bytes for each in held if len(each.shape) == 2)
     weights_bytes = ceil(matrices_bytes / count) + sum(each.gpu_bytes for each in held if len(each.shape) != 2)
     memory_bytes = int(gpu.memory_gib * GIB)
@@ -182,7 +184,7 @@ def serving(
     session_bytes = session_blocks * block_bytes
     work_bytes = workspace_bytes(architecture, session_len, max_batch_size, count)
     beside_bytes = memory_bytes - CONTEXT_BYTES - weights_bytes - pool_bytes - work_bytes
-    read_bytes = weights_bytes - _embedding_bytes(architecture) // count
+    read_bytes = weights_bytes - (_embedding_bytes(architecture) + _idle_bytes(architecture, held)) // count
     return Serving(
         gpu=gpu.name,
         count=count,
@@ -201,18 +203,16 @@ def serving(
     )
 
 
-def needed_bytes(
-    architecture: Architecture, scheme: Scheme | None, *, kv_policy: KvPolicy, session_len: int, skipped: Collection[str] = ()
-) -> int:
+def needed_bytes(architecture: Architecture, schemes: Schemes | None, *, kv_policy: KvPolicy, session_len: int) -> int:
     """The least memory of one GPU that serves one session, where a recipe names no target."""
-    held_bytes = sum(each.gpu_bytes for each in weights(architecture, scheme, skipped))
+    held_bytes = sum(each.gpu_bytes for each in weights(architecture, schemes))
     session_bytes = ceil(session_len / KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS * kv_bytes_per_token(architecture, kv_policy)
     return CONTEXT_BYTES + held_bytes + workspace_bytes(architecture, session_len, 1) + session_bytes
 
 
 def building(
     architecture: Architecture,
-    scheme: Scheme,
+    schemes: Schemes,
     speed: Speed,
     *,
     samples: int,
@@ -222,22 +222,22 @@ def building(
     device: Literal["cpu", "cuda"] = "cpu",
     gptq: bool = True,
     sampled: Sequence[tuple[int, int]] = (),
-    skipped: Collection[str] = (),
 ) -> Building:
     """One clean build with `samples` x `seqlen` tokens of calibration; a step's seconds are its floating point work or its bytes.
 
     `sampled`: (windows, tokens) of each text that the model writes itself, token by token.
     """
     tokens, scored = samples * seqlen, verify_windows * verify_seqlen
-    held = weights(architecture, scheme, skipped)
+    held = weights(architecture, schemes)
     packed_bytes = sum(each.disk_bytes for each in held)
     forward = _forward_flops(architecture, seqlen) * tokens
-    stats_bytes = architecture.layers * sum(_gram_bytes(architecture.width(site)) for site in SITES)
-    gram = 2 * 128 * sum(architecture.width(site) for site in SITES) * architecture.layers * tokens
+    kept = {*architecture.sites, *architecture.scale_sites}
+    stats_bytes = architecture.layers * sum(_gram_bytes(architecture.width(site)) for site in kept)
+    gram = 2 * 128 * sum(architecture.width(site) * _visits(architecture, site) for site in kept) * architecture.layers * tokens
     head = 2 * architecture.vocab_size * architecture.hidden_size
     serial = _awq_flops(architecture) + (_gptq_flops(architecture) if gptq else 0)
     walk = forward * 2 + _hessian_flops(architecture, tokens) if gptq else 0
-    columns = architecture.layers * sum(architecture.width(site) for site in SITES) if gptq else 0
+    columns = architecture.layers * sum(map(architecture.width, architecture.sites)) if gptq else 0
     written = sum(windows * length for windows, length in sampled)
     layer_tokens = architecture.layers * sum(ceil(windows / SAMPLED_AT_ONCE) * length for windows, length in sampled)
     scoring = 2 * (_forward_flops(architecture, verify_seqlen) + head) * scored
@@ -259,6 +259,22 @@ def building(
 def _embedding_bytes(architecture: Architecture) -> int:
     """The table of which a decode step reads one row."""
     return 2 * architecture.vocab_size * architecture.hidden_size
+
+
+def _visits(architecture: Architecture, site: Site) -> float:
+    """What share of all tokens comes to a site: an expert is sent some, and here all are sent as many."""
+    experts = architecture.experts
+    return experts.per_token / experts.count if experts is not None and "." in site else 1
+
+
+def _idle_bytes(architecture: Architecture, held: Sequence[TensorBytes]) -> int:
+    """Weights of the experts that one token does not ask."""
+    experts = architecture.experts
+    if experts is None:
+        return 0
+    theirs = [f"{linear.name}.weight" for linear in architecture.linears if linear.expert is not None]
+    names = {architecture.prefix(layer) + name for layer in range(architecture.layers) for name in theirs}
+    return sum(each.gpu_bytes for each in held if each.name in names) * (experts.count - experts.per_token) // experts.count
 
 
 def _hint(
@@ -287,7 +303,8 @@ def _linear_flops(linear: Linear) -> int:
 def _forward_flops(architecture: Architecture, seqlen: int) -> int:
     """Of one token in a window of `seqlen`: its matrix products, and scores and sums over half of the window on average."""
     attention = 4 * architecture.heads * architecture.head_dim * seqlen // 2
-    return architecture.layers * (sum(map(_linear_flops, architecture.linears)) + attention)
+    products = sum(_linear_flops(linear) * _visits(architecture, linear.site) for linear in architecture.linears)
+    return int(architecture.layers * (products + attention))
 
 
 def _gram_bytes(width: int) -> int:
@@ -301,12 +318,13 @@ def _awq_flops(architecture: Architecture) -> int:
 
 
 def _hessian_flops(architecture: Architecture, tokens: int) -> int:
-    return architecture.layers * sum(2 * tokens * architecture.width(site) ** 2 for site in SITES)
+    seen = sum(2 * tokens * _visits(architecture, site) * architecture.width(site) ** 2 for site in architecture.sites)
+    return int(architecture.layers * seen)
 
 
 def _gptq_flops(architecture: Architecture) -> int:
     """For each site three factorisations of its Hessian; for each layer the propagation of every column's error."""
-    factors = sum(2 * architecture.width(site) ** 3 for site in SITES)
+    factors = sum(2 * architecture.width(site) ** 3 for site in architecture.sites)
     return architecture.layers * (factors + sum(each.out_features * each.in_features**2 for each in architecture.linears))
 
 
@@ -327,5 +345,5 @@ def _build_bytes(architecture: Architecture, tokens: int, device: Literal["cpu",
     """The largest moment, GPTQ of one block: three streams of hidden states (before and after attention, and what o_proj reads), the block
     in float32 twice, and the widest site's Hessian with its factor and a copy."""
     state_bytes = 3 * tokens * architecture.hidden_size * (4 if device == "cpu" else 2)
-    widest = max(architecture.width(site) for site in SITES)
+    widest = max(architecture.width(site) for site in architecture.sites)
     return state_bytes + 2 * _block_bytes(architecture, 4) + 3 * 4 * widest**2

@@ -2,16 +2,18 @@
 
 Memory is what the CUDA driver reports as the device's total (torch's "total capacity of ... GiB"; the data sheet's GB less ECC and
 firmware; the smallest of the values that users' logs show). Bandwidth and tensor throughput are from NVIDIA's data sheets. What runs
-where is from LMDeploy's docs and kernels at commit 1263d5cd (August 2026, the 0.18 line).
+where is from LMDeploy's docs, loaders and kernels at commit 1263d5cd (August 2026, the 0.18 line).
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from buildsys.scheme import Activations, Scheme
 
 KvPolicy = Literal["none", "int8", "int4"]
 
@@ -48,24 +50,55 @@ GPUS: dict[str, GPU] = {gpu.name: gpu for gpu in _TABLE}
 
 @dataclass(frozen=True)
 class Support:
-    """What it takes for LMDeploy to run one weight format."""
+    """How an engine of LMDeploy runs a format: from which GPU on, and what it takes of what the format holds (None: all of it).
 
-    engine: Literal["turbomind", "pytorch"]
+    None of them takes several schemes in one model."""
+
     min_sm: int
-    group_sizes: tuple[int, ...] | None  # None: no groups to speak of
     source: str
+    bits: int | None = None
+    group_sizes: tuple[int, ...] | None = None
+    symmetric: bool = False  # whether that is all that it takes
+    activations: tuple[Activations, ...] = ("none",)
+    fp8_min_sm: int = 0
 
+    def lacks(self, loads: str, kinds: Sequence[Scheme], gpu: GPU | None) -> Iterator[str]:
+        """Why it does not load these schemes, or not on `gpu`; nothing where it does. A model that is not quantized has no scheme."""
+        if len(set(kinds)) > 1:
+            yield f"{loads} with one scheme for all linears, asked are {', '.join(map(str, kinds))}"
+            return
+        for scheme in kinds[:1]:
+            if self.bits not in (None, scheme.bits):
+                yield f"{loads} with {self.bits} bits only, bits is {scheme.bits}"
+            elif scheme.activations not in self.activations:
+                yield f"{loads} with activations {' or '.join(self.activations)} only, activations is {scheme.activations}"
+            if self.group_sizes is not None and scheme.group_size not in self.group_sizes:
+                yield f"{loads} with groups of {' or '.join(map(str, self.group_sizes))} only, group_size is {scheme.group_size}"
+            if self.symmetric and not scheme.symmetric:
+                yield f"{loads} with zeros in mid-range only, symmetric is false"
+        least = self.fp8_min_sm if any(scheme.number == "fp8" for scheme in kinds) else self.min_sm
+        if gpu is not None and gpu.sm < least:
+            yield f"{loads} from sm{least}, {gpu.name} is sm{gpu.sm}"
+
+
+Engine = Literal["turbomind", "pytorch"]
+ENGINES: dict[Engine, str] = {"turbomind": "TurboMind", "pytorch": "LMDeploy's PyTorch engine"}
 
 _GROUPS = "lmdeploy/turbomind/converter.py _SUPPORTED_GROUP_SIZES"
-SUPPORT: dict[str, Support] = {
-    "fp16": Support("turbomind", 70, None, "docs/en/get_started/installation.md: Volta sm70 and later"),
+_SINCE = "docs/en/get_started/installation.md: Volta sm70 and later"
+SUPPORT: dict[str, dict[Engine, Support]] = {
+    "fp16": {"turbomind": Support(70, _SINCE), "pytorch": Support(70, _SINCE)},
     # docs/en/quantization/w4a16.md lists V100 (sm70); kernels/gemm/kernel/sm70_884_4.cu. Builds with CUDA 13 leave sm70 and sm75 out
     # (CMakeLists.txt), so a V100 or a T4 needs a CUDA 12 build of LMDeploy.
-    "awq": Support("turbomind", 70, (128,), f"docs/en/quantization/w4a16.md; {_GROUPS}"),
-    "gptq": Support("turbomind", 70, (128,), f"docs/en/quantization/w4a16.md; {_GROUPS}"),
-    "compressed_tensors": Support("turbomind", 70, (32, 128), f"docs/en/quantization/llm_compressor.md; {_GROUPS}"),
-    "w8a8_int8": Support("pytorch", 70, None, "docs/en/quantization/w8a8.md: INT8 from V100 sm70"),
-    "w8a8_fp8": Support("pytorch", 89, None, "docs/en/quantization/w8a8.md: FP8 from Ada sm89"),
+    "awq": {
+        "turbomind": Support(70, f"docs/en/quantization/w4a16.md; {_GROUPS}", 4, (128,)),
+        "pytorch": Support(70, f"{_SINCE}; pytorch/kernels/cuda/awq_kernels.py takes a group in one step", 4, (32, 64, 128)),
+    },
+    "gptq": {"turbomind": Support(70, f"lmdeploy/turbomind/converter.py get_tm_config asks for sym; {_GROUPS}", 4, (128,), True)},
+    "compressed_tensors": {"turbomind": Support(70, f"docs/en/quantization/llm_compressor.md; {_GROUPS}", 4, (32, 128))},
+    "smooth_quant": {
+        "pytorch": Support(70, "docs/en/quantization/w8a8.md: INT8 from sm70, FP8 from sm89", 8, (-1,), True, ("int8", "fp8"), 89)
+    },
 }
 """Weight formats by the name of their module in formats/ (`fp16`: a model that is not quantized)."""
 
@@ -93,26 +126,27 @@ def head_dims(sm: int, kv_policy: KvPolicy) -> tuple[int, ...]:
     return (64, 128, 192, 256) if sm >= 80 and kv_policy != "int4" else (64, 128, 256)
 
 
-def refusal(gpu: GPU, format: str) -> str | None:
-    """Why no engine of LMDeploy serves this format on `gpu`, with both values; None where one does."""
-    support = SUPPORT.get(format)
+def engine_lacks(engine: Engine, format: str, kinds: Sequence[Scheme], gpu: GPU | None = None) -> Iterator[str]:
+    """Why an engine does not load a model of this format and these schemes, or not on `gpu`; nothing where it does."""
+    support = SUPPORT.get(format, {}).get(engine)
     if support is None:
+        yield f"{ENGINES[engine]} does not load format {format}"
+    else:
+        yield from support.lacks(f"{ENGINES[engine]} loads format {format}", kinds, gpu)
+
+
+def refusal(gpu: GPU | None, format: str, kinds: Sequence[Scheme]) -> str | None:
+    """Why no engine of LMDeploy serves this format with these schemes on `gpu`, with both values; None where one does."""
+    if format not in SUPPORT:
         return f"LMDeploy is not known to run format {format}; known: {', '.join(SUPPORT)}"
-    if gpu.sm < support.min_sm:
-        return f"format {format} runs from sm{support.min_sm} in LMDeploy, {gpu.name} is sm{gpu.sm}"
-    return None
+    reasons = [list(engine_lacks(engine, format, kinds, gpu)) for engine in SUPPORT[format]]
+    return "; ".join(reason for each in reasons for reason in each) if all(reasons) else None
 
 
-def turbomind_lacks(format: str, group_size: int, kv_policy: KvPolicy, head_dim: int, gpu: GPU | None) -> Iterator[str]:
+def turbomind_lacks(format: str, kinds: Sequence[Scheme], kv_policy: KvPolicy, head_dim: int, gpu: GPU | None) -> Iterator[str]:
     """Why TurboMind, the faster of LMDeploy's two engines, does not serve this; nothing where it does. No GPU: nothing is asked of one."""
-    support = SUPPORT.get(format)
-    if support is None or support.engine != "turbomind":
-        yield f"TurboMind does not load format {format}"
-        return
-    if support.group_sizes is not None and group_size not in support.group_sizes:
-        held = " or ".join(map(str, support.group_sizes))
-        yield f"TurboMind loads format {format} with groups of {held} only, group_size is {group_size}"
-    if gpu is not None and head_dim not in head_dims(gpu.sm, kv_policy):
+    yield from engine_lacks("turbomind", format, kinds, gpu)
+    if format in SUPPORT and "turbomind" in SUPPORT[format] and gpu is not None and head_dim not in head_dims(gpu.sm, kv_policy):
         held = ", ".join(map(str, head_dims(gpu.sm, kv_policy)))
         where = f"TurboMind on {gpu.name} (sm{gpu.sm})"
         yield f"{where} has attention with KV policy {kv_policy} for heads of {held}, head_dim is {head_dim}"

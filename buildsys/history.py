@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from buildsys.store import Artifact
 
 UNLESS = "runs unless its inputs come out equal"
 SHA256 = re.compile(r"[0-9a-f]{64}")
+MOST = 6  # knobs of one name that are told one by one: an override may change each layer's
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,10 @@ def _changes(now: Ingredients, last: Ingredients) -> Iterator[str]:
     if now.version != last.version:
         yield f"VERSION {last.version} -> {now.version}"
     old, new = dict(_flat(last.knobs, "")), dict(_flat(now.knobs, ""))
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name) or (name in old) != (name in new):
-            yield _change(name, old.get(name, "(unset)"), new.get(name, "(unset)"))
+    names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name) or (name in old) != (name in new)]
+    for top, group in groupby(names, lambda name: name.partition(".")[0]):
+        told = [_change(name, old.get(name, "(unset)"), new.get(name, "(unset)")) for name in group]
+        yield from told if len(told) <= MOST else [f"{len(told)} in {top} changed ({told[0]} …)"]
     for role in sorted(now.inputs.keys() | last.inputs.keys()):
         yield from _changed_files(role, last.inputs.get(role, {}), now.inputs.get(role, {}))
 
@@ -122,8 +125,13 @@ def _changes(now: Ingredients, last: Ingredients) -> Iterator[str]:
 def _change(name: str, old: Any, new: Any) -> str:
     if all(isinstance(value, str) and SHA256.fullmatch(value) for value in (old, new)):
         return f"{name} changed ({old[:8]} -> {new[:8]})"
-    shown = [value[:12] if isinstance(value, str) and SHA256.fullmatch(value) else value for value in (old, new)]
-    return f"{name} {shown[0]} -> {shown[1]}"
+    return f"{name} {_shown(old)} -> {_shown(new)}"
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, list) and len(value) > MOST:
+        return f"[{value[0]}, … {len(value)} in all]"
+    return value[:12] if isinstance(value, str) and SHA256.fullmatch(value) else value
 
 
 def _changed_files(role: str, old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:

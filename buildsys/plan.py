@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
 
 from buildsys import footprint, gpus
-from buildsys.architecture import Architecture
+from buildsys.architecture import Architecture, Linear, fused
+from buildsys.deploy import PROFILE
 from buildsys.errors import BuildError, BuildErrors
 from buildsys.located import Located
 from buildsys.quant import VERSION as QUANT
-from buildsys.recipe import Recipe
+from buildsys.quant.budget import least_bits, too_small
+from buildsys.recipe import Override, Recipe
+from buildsys.relayout import Relayout, relayout
+from buildsys.scheme import Scheme, Schemes
 from buildsys.slots import Choice, modules
 from buildsys.step import Need, Step
 from buildsys.store import Store
-from buildsys.survey import Survey, survey
+from buildsys.survey import Survey, describe, survey
 
 WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 """What a step reads that computes with a model."""
@@ -25,13 +29,26 @@ WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 CHAT = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json")
 """Beside the tokenizer, what turns a conversation into text, and special tokens into their ids."""
 
+CHOSEN = "schemes.json"
+"""What allocate writes: the scheme of each linear."""
+
 VERSIONS = MappingProxyType(
     {
-        **dict.fromkeys(("fetch", "tokens", "disjoint", "calibrate", "quantize", "assemble", "score", "measure", "generate"), 1),
-        "pack": 2,
+        **dict.fromkeys(("fetch", "tokens", "disjoint", "calibrate", "allocate", "measure", "generate"), 1),
+        **dict.fromkeys(("assemble", "score"), 2),
+        "quantize": 2,
+        "pack": 3,
     }
 )
 """Of the steps' own glue in steps.py; arithmetic, methods, formats and checks have VERSIONs of their own, which are in the keys too."""
+
+
+@dataclass(frozen=True)
+class Linears:
+    """What the recipe says of each linear of its model, patterns resolved: its scheme, and its rounding method where that is its own."""
+
+    schemes: Schemes
+    methods: Mapping[str, Choice]
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,7 @@ class Plan:
 
     recipe: Recipe
     survey: Survey
+    layers: Linears
     steps: tuple[Step, ...]
     artifact: Step  # its output is the deployable folder
     quantized: Step  # its output names each layer's error
@@ -59,16 +77,18 @@ def plan(recipe: Recipe, store: Store, threads: int = 2) -> Plan:
     """The graph of `recipe`. Raises BuildErrors with every misfit of the recipe and its model."""
     source = located(recipe, ("source",), recipe.source, store)
     surveyed = survey(source.files, source.sizes)
-    left_float, errors = skipped_linears(recipe, surveyed)
-    errors += misfits(recipe, surveyed, left_float)
+    layers, errors = linears(recipe, surveyed)
+    errors += misfits(recipe, surveyed, layers.schemes)
     if errors:
         raise BuildErrors(errors)
-    graph = Graph(recipe, surveyed, left_float, store, source)
+    graph = Graph(recipe, surveyed, layers, store, source)
     fetched = graph.fetch("source", "sources", recipe.source.name, source)
     calibration = graph.tokens("calibration", fetched)
     text = graph.tokens("verify", fetched)
     disjoint = graph.disjoint(calibration, text)
     calibrated = graph.calibrate(fetched, calibration, disjoint)
+    if recipe.quantization.mixed is not None:
+        graph = replace(graph, allocated=graph.allocate(fetched, calibrated, calibration))
     quantized = graph.quantize(fetched, calibrated, calibration)
     packed = graph.pack(fetched, quantized)
     artifact = graph.assemble(fetched, packed, source.names)
@@ -78,15 +98,16 @@ def plan(recipe: Recipe, store: Store, threads: int = 2) -> Plan:
     return Plan(
         recipe=recipe,
         survey=surveyed,
+        layers=layers,
         steps=tuple(steps.values()),
         artifact=artifact,
         quantized=quantized,
         measures=measures,
         generated=graph.generate(fetched, packed, source.names),
         source=source,
-        building=_building(recipe, surveyed, left_float, threads),
-        serving=_serving(recipe, surveyed, left_float),
-        notes=(*_notes(recipe, surveyed), *_ungated(recipe)),
+        building=_building(recipe, surveyed, layers.schemes, threads),
+        serving=_serving(recipe, surveyed, layers.schemes),
+        notes=(*engine(recipe, surveyed)[1], *_ungated(recipe)),
     )
 
 
@@ -102,35 +123,75 @@ def located(recipe: Recipe, where: tuple[str, ...], chosen: Choice, store: Store
 # What does not fit
 
 
-def skipped_linears(recipe: Recipe, surveyed: Survey) -> tuple[tuple[str, ...], list[BuildError]]:
-    """Whole names of the blocks' linears that stay float; a pattern that names nothing is an error."""
-    a = surveyed.architecture
+def linears(recipe: Recipe, surveyed: Survey) -> tuple[Linears, list[BuildError]]:
+    """Patterns of `skip` and `overrides` against the linears of the model; one that names nothing is an error."""
+    a, asked = surveyed.architecture, recipe.quantization
     names = [a.prefix(layer) + linear.name for layer in range(a.layers) for linear in a.linears]
-    head = (a.lm_head or "lm_head.weight").removesuffix(".weight")
-    errors, where = [], recipe.at("quantization", "skip")
-    patterns = recipe.quantization.skip
-    for pattern in patterns:
-        if not any(_matches(name, (pattern,)) for name in (*names, head, "lm_head")):
-            fix = f"name linears as the model does, for example {names[-1]} or {names[-1].rpartition('.')[2]}"
-            errors.append(BuildError(where, f"quantization.skip: {pattern} matches no linear of this model", fix))
-    if not (_matches(head, patterns) or _matches("lm_head", patterns)):
-        errors.append(BuildError(where, "quantization.skip lacks lm_head, which no engine reads quantized", "add lm_head to skip"))
-    left = tuple(name for name in names if _matches(name, patterns))
-    for what, fix in _split(a, left):
-        errors.append(BuildError(where, f"quantization.skip leaves {what} float, and not what engines fuse it with", f"skip all of {fix}"))
+    errors = [*_idle_patterns(recipe, a, names)]
+    left, own, methods = {name for name in names if _matches(name, asked.skip)}, dict[str, Scheme](), dict[str, Choice]()
+    for name in names:
+        for override in _overrides(recipe, name):
+            own[name] = override.scheme(own.get(name, asked.scheme))
+            if override.skip is not None:
+                (left.add if override.skip else left.discard)(name)
+            if override.method is not None:
+                methods[name] = override.method
+    other = {name: scheme for name, scheme in own.items() if scheme != asked.scheme and name not in left}
+    schemes = Schemes(asked.scheme, frozenset(left), MappingProxyType(other))
+    errors += [*_unlike(recipe, a, schemes), *_too_few_bits(recipe, a, schemes)]
     if len(left) == len(names):
+        where = recipe.at("quantization", "skip")
         errors.append(BuildError(where, "quantization.skip matches every linear: nothing would be quantized", "narrow the patterns"))
-    return left, errors
+    return Linears(schemes, MappingProxyType(methods)), errors
 
 
-def _split(a: Architecture, left: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Linears that engines fuse when they load (gate with up; queries, keys and values) have to be all quantized or all float."""
+def _overrides(recipe: Recipe, name: str) -> Iterator[Override]:
+    return (override for pattern, override in recipe.quantization.overrides.items() if _matches(name, (pattern,)))
+
+
+def _idle_patterns(recipe: Recipe, a: Architecture, names: list[str]) -> Iterator[BuildError]:
+    asked, head = recipe.quantization, (a.lm_head or "lm_head.weight").removesuffix(".weight")
+    where = recipe.at("quantization", "skip")
+    fix = f"name linears as the model does, for example {names[-1]} or {names[-1].rpartition('.')[2]}"
+    for pattern in asked.skip:
+        if not any(_matches(name, (pattern,)) for name in (*names, head, "lm_head")):
+            yield BuildError(where, f"quantization.skip: {pattern} matches no linear of this model", fix)
+    if not (_matches(head, asked.skip) or _matches("lm_head", asked.skip)):
+        yield BuildError(where, "quantization.skip lacks lm_head, which no engine reads quantized", "add lm_head to skip")
+    for pattern in asked.overrides:
+        if not any(_matches(name, (pattern,)) for name in names):
+            at = recipe.at("quantization", "overrides", pattern)
+            yield BuildError(at, f"quantization.overrides: {pattern} matches no linear of this model", fix)
+
+
+def _unlike(recipe: Recipe, a: Architecture, schemes: Schemes) -> Iterator[BuildError]:
+    """Linears that engines fuse have to be all float, or all of one scheme."""
+    groups = tuple(fused(a))
     for layer in range(a.layers):
-        for roles in (("gate", "up"), ("q", "k", "v")):
-            fused = [a.prefix(layer) + linear.name for linear in a.linears if linear.role in roles]
-            kept = [name for name in fused if name in left]
-            if kept and len(kept) < len(fused):
-                yield kept[0], ", ".join(name.rpartition(".")[2] for name in fused)
+        for together in groups:
+            names = [a.prefix(layer) + linear.name for linear in together]
+            kinds = {name: schemes.of(name) for name in names}
+            if len(set(kinds.values())) == 1:
+                continue
+            short = ", ".join(name.rpartition(".")[2] for name in names)
+            kept = next((name for name, scheme in kinds.items() if scheme is None), None)
+            if kept is not None:
+                where, what = recipe.at("quantization", "skip"), f"quantization.skip leaves {kept} float, and not what engines fuse it with"
+                yield BuildError(where, what, f"skip all of {short}")
+            else:
+                said = "; ".join(f"{name.rpartition('.')[2]} {scheme}" for name, scheme in kinds.items())
+                what = f"quantization.overrides gives linears that engines fuse different schemes ({a.prefix(layer)}: {said})"
+                yield BuildError(recipe.at("quantization", "overrides"), what, f"name all of {short} in one pattern")
+            return
+
+
+def _too_few_bits(recipe: Recipe, a: Architecture, schemes: Schemes) -> Iterator[BuildError]:
+    """A budget that the smallest choice for every linear breaks."""
+    mixed = recipe.quantization.mixed
+    if mixed is not None:
+        least = least_bits(a, schemes, tuple(fused(a)), mixed.bits)
+        if least > mixed.budget_bits:
+            yield too_small(mixed.budget_bits, least, recipe.at("quantization", "mixed", "budget_bits"))
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -138,40 +199,65 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for pattern in patterns)
 
 
-def misfits(recipe: Recipe, surveyed: Survey, left_float: tuple[str, ...]) -> list[BuildError]:
+def misfits(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> list[BuildError]:
     """Where the recipe and the model do not go together."""
-    a, scheme = surveyed.architecture, recipe.quantization.scheme
+    a = surveyed.architecture
     errors: list[BuildError] = []
-    for linear in a.linears:
-        name = next((a.prefix(at) + linear.name for at in range(a.layers) if a.prefix(at) + linear.name not in left_float), None)
-        reason = None if name is None else recipe.format.module.fits(scheme, linear.in_features, linear.out_features)
-        if name is not None and not scheme.divides(linear.in_features):
-            divisors = [size for size in (128, 64, 32) if linear.in_features % size == 0]
-            fix = f"set group_size: {divisors[0] if divisors else -1}, or skip {linear.name.rpartition('.')[2]}"
-            what = f"quantization.group_size {scheme.group_size} does not divide the {linear.in_features} input channels of {name}"
-            errors.append(BuildError(recipe.at("quantization", "group_size"), what, fix))
-        elif reason is not None:
-            where, short = recipe.at("format"), linear.name.rpartition(".")[2]
-            errors.append(BuildError(where, f"format {recipe.format.name} cannot hold {name}: {reason}", f"skip {short}"))
+    try:
+        made = _relaid(recipe, surveyed)
+    except BuildError as error:
+        return [error]
+    bits = recipe.quantization.mixed.bits if recipe.quantization.mixed is not None else ()
+    for linear in reversed({(one.role, one.in_features, one.out_features): one for one in reversed(made.architecture.linears)}.values()):
+        name = made.parts[linear.name].name  # as the recipe calls it
+        found = {schemes.of(a.prefix(at) + name): a.prefix(at) + name for at in reversed(range(a.layers))}
+        found |= {replace(scheme, bits=few): name for scheme, name in found.items() if scheme is not None for few in bits}
+        errors += [error for scheme, name in found.items() if scheme is not None for error in _unfit(recipe, name, linear, scheme)]
+    reason = recipe.format.module.keeps_float([*sorted(schemes.left_float), *a.routers()])
+    if reason is not None:
+        where, fix = recipe.at("format"), "name another format"
+        if schemes.left_float:
+            where, fix = recipe.at("quantization", "skip"), f"{fix}, or skip lm_head alone"
+        errors.append(BuildError(where, f"format {recipe.format.name} {reason}", fix))
     for section, asked in (("calibration", recipe.calibration), ("verify", recipe.verify)):
         if asked.seqlen > a.max_positions:
             what = f"{section}.seqlen is {asked.seqlen}; the model has {a.max_positions} positions"
             errors.append(BuildError(recipe.at(section, "seqlen"), what, f"set {section}.seqlen: {a.max_positions}"))
-    return errors + _target_misfits(recipe, surveyed, left_float)
+    return errors + _target_misfits(recipe, surveyed, schemes)
 
 
-def _target_misfits(recipe: Recipe, surveyed: Survey, left_float: tuple[str, ...]) -> list[BuildError]:
+def _relaid(recipe: Recipe, surveyed: Survey) -> Relayout:
+    return relayout(surveyed.architecture, surveyed.config, recipe.at("format"), getattr(recipe.format.knobs, "as_", None))
+
+
+def _unfit(recipe: Recipe, name: str, linear: Linear, scheme: Scheme) -> Iterator[BuildError]:
+    """Why one linear cannot be held in its scheme."""
+    format, short = recipe.format.module, name.rpartition(".")[2]
+    reason = format.accepts(scheme) or format.fits(scheme, linear.in_features, linear.out_features)
+    if not scheme.divides(linear.in_features):
+        divisors = [size for size in (128, 64, 32) if linear.in_features % size == 0]
+        fix = f"set group_size: {divisors[0] if divisors else -1}, or skip {short}"
+        what = f"quantization.group_size {scheme.group_size} does not divide the {linear.in_features} input channels of {name}"
+        yield BuildError(recipe.at("quantization", "group_size"), what, fix)
+    elif reason is not None:
+        yield BuildError(recipe.at("format"), f"format {recipe.format.name} cannot hold {name}: {reason}", f"skip {short}")
+
+
+def _target_misfits(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> list[BuildError]:
     target, gpu = recipe.target, _gpu(recipe)
     if target is None or gpu is None:
         return []
     errors = []
-    reason = gpus.refusal(gpu, recipe.format.name)
+    kinds = recipe.quantization.kinds
+    reason = gpus.refusal(gpu, recipe.format.name, kinds)
     if reason is not None:
-        errors.append(BuildError(recipe.at("target", "gpu"), f"target.gpu: {reason}", "name another GPU or format"))
+        several = "leave target out: vLLM reads several schemes in one model, and no engine of LMDeploy"
+        fix = several if len(kinds) > 1 else "name another GPU or format"
+        errors.append(BuildError(recipe.at("target", "gpu"), f"target.gpu: {reason}", fix))
     if target.session_len is not None and target.session_len > surveyed.architecture.max_positions:
         what = f"target.session_len is {target.session_len}; the model has {surveyed.architecture.max_positions} positions"
         errors.append(BuildError(recipe.at("target", "session_len"), what, f"set session_len: {surveyed.architecture.max_positions}"))
-    serving = _serving(recipe, surveyed, left_float)
+    serving = _serving(recipe, surveyed, schemes)
     if serving is not None and not serving.fits:
         gib = footprint.GIB
         what = f"needs {serving.needed_bytes / gib:.1f} GiB to serve one session of {_session_len(recipe, surveyed)} tokens and its share "
@@ -180,15 +266,18 @@ def _target_misfits(recipe: Recipe, surveyed: Survey, left_float: tuple[str, ...
     return errors
 
 
-def _notes(recipe: Recipe, surveyed: Survey) -> Iterator[str]:
-    """What a user should know, and no reason to refuse: why TurboMind, LMDeploy's faster engine, cannot serve this."""
-    chosen = "so deploy/ names LMDeploy's PyTorch engine"
-    if not surveyed.turbomind:
-        yield f"TurboMind does not implement {surveyed.config['architectures'][0]}, {chosen}"
-    lacks = gpus.turbomind_lacks(
-        recipe.format.name, recipe.quantization.group_size, recipe.kv_cache.policy, surveyed.architecture.head_dim, _gpu(recipe)
-    )
-    yield from (f"{reason}, {chosen}" for reason in lacks)
+def engine(recipe: Recipe, surveyed: Survey) -> tuple[str, tuple[str, ...]]:
+    """The engine of LMDeploy that deploy/ names, "none" where there is none; and why it is not TurboMind, its faster one."""
+    written, kinds, gpu = _relaid(recipe, surveyed).config, recipe.quantization.kinds, _gpu(recipe)
+    lacks = [*gpus.turbomind_lacks(recipe.format.name, kinds, recipe.kv_cache.policy, surveyed.architecture.head_dim, gpu)]
+    if not describe(written, recipe.at("format"))[1].TURBOMIND:
+        lacks.insert(0, f"TurboMind does not implement {written['architectures'][0]}")
+    if not lacks:
+        return "turbomind", ()
+    beside = [*gpus.engine_lacks("pytorch", recipe.format.name, kinds, gpu)]
+    if not beside:
+        return "pytorch", tuple(f"{reason}, so deploy/ names LMDeploy's PyTorch engine" for reason in lacks)
+    return "none", (f"no engine of LMDeploy serves this, so there is no {PROFILE}: {'; '.join((*lacks, *beside))}",)
 
 
 def _ungated(recipe: Recipe) -> Iterator[str]:
@@ -211,27 +300,26 @@ def _session_len(recipe: Recipe, surveyed: Survey) -> int:
     return asked or surveyed.architecture.max_positions
 
 
-def _serving(recipe: Recipe, surveyed: Survey, left_float: tuple[str, ...]) -> footprint.Serving | None:
+def _serving(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> footprint.Serving | None:
     target, gpu = recipe.target, _gpu(recipe)
     if target is None or gpu is None:
         return None
     return footprint.serving(
         surveyed.architecture,
-        recipe.quantization.scheme,
+        schemes,
         gpu,
         kv_policy=recipe.kv_cache.policy,
         max_entry_count=recipe.kv_cache.max_entry_count,
         session_len=_session_len(recipe, surveyed),
         max_batch_size=target.max_batch_size,
         count=target.count,
-        skipped=left_float,
     )
 
 
-def _building(recipe: Recipe, surveyed: Survey, left_float: tuple[str, ...], threads: int) -> footprint.Building:
+def _building(recipe: Recipe, surveyed: Survey, schemes: Schemes, threads: int) -> footprint.Building:
     return footprint.building(
         surveyed.architecture,
-        recipe.quantization.scheme,
+        schemes,
         footprint.cpu_speed(threads),
         samples=recipe.calibration.samples,
         seqlen=recipe.calibration.seqlen,
@@ -243,11 +331,14 @@ def _building(recipe: Recipe, surveyed: Survey, left_float: tuple[str, ...], thr
             for asked, dataset in ((recipe.calibration, recipe.calibration.dataset), (recipe.verify, recipe.verify.text))
             if dataset.module.READS == "model"
         ],
-        skipped=left_float,
     )
 
 
 # The graph
+
+
+def _method(chosen: Choice) -> dict[str, Any]:
+    return {"name": chosen.name, "version": chosen.module.VERSION, "knobs": chosen.knobs.model_dump()}
 
 
 @dataclass(frozen=True)
@@ -256,9 +347,10 @@ class Graph:
 
     recipe: Recipe
     surveyed: Survey
-    left_float: tuple[str, ...]
+    layers: Linears
     store: Store
     located: Located  # the source's files
+    allocated: Step | None = None  # chooses each linear's bits, where the recipe leaves that open
 
     def _step(self, kind: str, title: str, knobs: Mapping[str, Any], *needs: Need, **more: Any) -> Step:
         return Step(kind, title, VERSIONS[kind], knobs, needs, **{"heavy": True, **more})
@@ -269,9 +361,13 @@ class Graph:
         chosen = self.recipe.format
         return {
             "format": {"name": chosen.name, "version": chosen.module.VERSION, "knobs": chosen.knobs.model_dump()},
-            "scheme": asdict(self.recipe.quantization.scheme),
-            "skip": list(self.left_float),
+            **self.layers.schemes.to_json(),
         }
+
+    @property
+    def _bits(self) -> tuple[Need, ...]:
+        """Where linears' bits are told, unless the recipe tells them."""
+        return (Need("bits", self.allocated, (CHOSEN,)),) if self.allocated is not None else ()
 
     def fetch(self, what: str, slot: str, name: str, found: Located) -> Step:
         """Its key holds what the files are, never where they come from: a model on a hub and its copy on a disk are one step."""
@@ -333,25 +429,42 @@ class Graph:
         needs = Need("source", source, WEIGHTS), Need("tokens", tokens)
         return self._step("calibrate", "activation statistics", knobs, *needs, after=(disjoint,), computes=True)
 
-    def quantize(self, source: Step, stats: Step, tokens: Step) -> Step:
-        asked = self.recipe.quantization
-        methods = [{"name": m.name, "version": m.module.VERSION, "knobs": m.knobs.model_dump()} for m in asked.method]
+    def _methods(self) -> list[dict[str, Any]]:
+        return [_method(chosen) for chosen in self.recipe.quantization.method]
+
+    def allocate(self, source: Step, stats: Step, tokens: Step) -> Step:
+        """Bits for each linear from what it costs to have fewer there."""
+        mixed = self.recipe.quantization.mixed
+        assert mixed is not None
         knobs = {
             "model": self.surveyed.computed,
             "quant": QUANT,
-            "scheme": asdict(asked.scheme),
-            "methods": methods,
-            "skip": list(self.left_float),
+            **self.layers.schemes.to_json(),
+            "methods": self._methods()[:-1],
+            "mixed": mixed.model_dump(mode="json"),
         }
-        needs = [Need("source", source, WEIGHTS), Need("stats", stats)]
-        if asked.method[-1].module.SEES_TOKENS:
+        title = f"bits from {', '.join(map(str, mixed.bits))} under {mixed.budget_bits:g}"
+        needs = Need("source", source, WEIGHTS), Need("stats", stats), Need("tokens", tokens)
+        return self._step("allocate", title, knobs, *needs, computes=True, hints={"where": self.recipe.at("quantization", "mixed")})
+
+    def quantize(self, source: Step, stats: Step, tokens: Step) -> Step:
+        asked, own = self.recipe.quantization, self.layers.methods
+        methods = {name: _method(chosen) for name, chosen in sorted(own.items())}
+        knobs = {
+            "model": self.surveyed.computed,
+            "quant": QUANT,
+            **self.layers.schemes.to_json(),
+            "methods": self._methods(),
+        } | ({"own_methods": methods} if methods else {})
+        needs = [Need("source", source, WEIGHTS), Need("stats", stats), *self._bits]
+        if any(chosen.module.SEES_TOKENS for chosen in (asked.method[-1], *own.values())):
             needs.append(Need("tokens", tokens))
-        title = f"{asked.scheme}, {' + '.join(m.name for m in asked.method)}"
+        title = f"{asked.told}, {' + '.join(m.name for m in asked.method)}"
         return self._step("quantize", title, knobs, *needs, resumes=True, computes=True)
 
     def pack(self, source: Step, blocks: Step) -> Step:
         knobs = {"model": self.surveyed.computed, "quant": QUANT, **self._packing}
-        needs = Need("source", source, WEIGHTS), Need("blocks", blocks, ("*.safetensors",))
+        needs = Need("source", source, WEIGHTS), Need("blocks", blocks, ("*.safetensors",)), *self._bits
         return self._step("pack", f"format {self.recipe.format.name}", knobs, *needs, computes=True)
 
     def assemble(self, source: Step, packed: Step, files: tuple[str, ...]) -> Step:
@@ -362,14 +475,15 @@ class Graph:
             "model": self.surveyed.computed,
             "kv_cache": self.recipe.kv_cache.model_dump(),
             "target": target,
-            "engine": "pytorch" if any(_notes(self.recipe, self.surveyed)) else "turbomind",
+            "engine": engine(self.recipe, self.surveyed)[0],
         }
         rest = tuple(sorted(name for name in files if not name.endswith((".safetensors", ".safetensors.index.json"))))
-        return self._step("assemble", "deployable folder", knobs, Need("source", source, rest), Need("packed", packed), heavy=False)
+        needs = Need("source", source, rest), Need("packed", packed), *self._bits
+        return self._step("assemble", "deployable folder", knobs, *needs, heavy=False)
 
     def score(self, source: Step, packed: Step, tokens: Step, policy: str) -> Step:
         knobs = {"model": self.surveyed.computed, "quant": QUANT, **self._packing, "kv": policy}
-        needs = Need("source", source, WEIGHTS), Need("packed", packed), Need("tokens", tokens)
+        needs = Need("source", source, WEIGHTS), Need("packed", packed), Need("tokens", tokens), *self._bits
         title = "predictions beside the source's" + ("" if policy == "none" else f", KV cache {policy}")
         return self._step("score", title, knobs, *needs, computes=True)
 
@@ -388,7 +502,7 @@ class Graph:
             **self._packing,
         }
         beside = tuple(name for name in (self.surveyed.tokenizer, *CHAT, "generation_config.json") if name in files)
-        needs = Need("source", source, (*WEIGHTS, *beside)), Need("packed", packed)
+        needs = Need("source", source, (*WEIGHTS, *beside)), Need("packed", packed), *self._bits
         where = self.recipe.at("report")
         title = f"answers to {len(prompts)} prompts"
         return self._step("generate", title, knobs, *needs, hints={"where": where}, computes=True)
@@ -433,7 +547,7 @@ class Graph:
             }
             # config.json tells the architecture; where a check reads no weights, nothing else of the source is in its key.
             computes = "packed" in module.READS
-            yield name, self._step("measure", name, knobs, Need("source", source, ("config.json",)), *needs, computes=computes)
+            yield name, self._step("measure", name, knobs, Need("source", source, ("config.json",)), *needs, *self._bits, computes=computes)
 
     def _facts(self, reads: tuple[str, ...]) -> dict[str, Any]:
         """What planning knows, for the checks that ask for it."""

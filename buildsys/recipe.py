@@ -6,6 +6,7 @@ Each kind of choice (source, dataset, method, format, check, publisher) is a slo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
@@ -17,7 +18,7 @@ from buildsys.complaints import dotted, explain
 from buildsys.document import Document, Where
 from buildsys.errors import BuildError, BuildErrors
 from buildsys.overlay import is_inside, lexical, settle
-from buildsys.scheme import Bits, GroupSize, Scheme
+from buildsys.scheme import Activations, Bits, GroupSize, Number, Scheme
 from buildsys.slots import Choice, Frozen, choice, modules, several
 
 if TYPE_CHECKING:
@@ -49,18 +50,66 @@ class Calibration(Frozen):
     seed: Seed = Field(default=0, description="which windows are drawn, or which text is sampled")
 
 
+class Override(Frozen):
+    """What is other than the recipe says for the linears that one pattern names."""
+
+    bits: Bits | None = Field(default=None, description="bits a weight of these linears")
+    group_size: GroupSize | None = Field(default=None, description="input channels of these linears that share one scale")
+    symmetric: StrictBool | None = Field(default=None, description="fix the zeros of these linears at mid-range")
+    method: Method | None = Field(default=None, description="the method that rounds these linears: rtn or gptq")
+    skip: StrictBool | None = Field(default=None, description="true: these linears stay float; false: they do not, whatever skip says")
+
+    def scheme(self, default: Scheme) -> Scheme:
+        """`default` with what this says of it."""
+        return replace(
+            default,
+            bits=default.bits if self.bits is None else self.bits,
+            group_size=default.group_size if self.group_size is None else self.group_size,
+            symmetric=default.symmetric if self.symmetric is None else self.symmetric,
+        )
+
+
+class Mixed(Frozen):
+    """Bits for each layer, chosen by what a bit less costs there, under a budget for all of them."""
+
+    budget_bits: Annotated[StrictFloat, Field(gt=1, lt=16)] = Field(
+        description="bits a quantized weight may take on average, with its share of scale and zero: 4.5"
+    )
+    bits: tuple[Bits, ...] = Field(default=(3, 4, 8), min_length=2, description="the bits to choose from")
+
+
 class Quantization(Frozen):
     """How weights are held in few bits."""
 
     bits: Bits = Field(description="bits a weight")
     group_size: GroupSize = Field(default=128, description="input channels that share one scale; -1: the whole row")
     symmetric: StrictBool = Field(default=False, description="fix the zero of every group at mid-range")
+    number: Number = Field(default="int", description="what a code is: a whole number, or an 8-bit float (fp8: e4m3)")
+    activations: Activations = Field(default="none", description="what linears round their inputs to at run time, token by token")
     method: tuple[Method, ...] = Field(min_length=1, description="rescaling methods, if any, then exactly one that rounds: [awq, gptq]")
     skip: tuple[str, ...] = Field(default=("lm_head",), description="globs over names of linears that stay float")
+    overrides: Mapping[str, Override] = Field(
+        default_factory=dict, description="globs over names of linears, each with what is other for them; a later one wins"
+    )
+    mixed: Mixed | None = Field(default=None, description="choose bits layer by layer under a budget, instead of `bits` for all")
 
     @property
     def scheme(self) -> Scheme:
-        return Scheme(self.bits, self.group_size, self.symmetric)
+        """Of every linear that no override names."""
+        return Scheme(self.bits, self.group_size, self.symmetric, self.number, self.activations)
+
+    @property
+    def told(self) -> str:
+        """The scheme for people, and whether it is not that of every linear."""
+        return f"{self.scheme}{', mixed' if self.mixed is not None else ''}{', with overrides' if self.overrides else ''}"
+
+    @property
+    def kinds(self) -> tuple[Scheme, ...]:
+        """Each scheme that the recipe names, once, the default first. (Where patterns overlap, planning knows what comes of it.)"""
+        default = self.scheme
+        own = [override.scheme(default) for override in self.overrides.values() if not override.skip]
+        chosen = [replace(default, bits=bits) for bits in self.mixed.bits] if self.mixed is not None else []
+        return tuple(dict.fromkeys((default, *own, *chosen)))
 
 
 class KvCache(Frozen):
@@ -242,7 +291,17 @@ def _paths(data: Any, where: Where) -> Iterator[tuple[Where, Mapping[str, Any], 
 
 def refusals(recipe: Recipe) -> list[BuildError]:
     """Why valid values do not go together."""
-    return [*_method_order(recipe), *_format_holds(recipe), *_known_gpu(recipe), *_fresh_text(recipe)]
+    numbers = [*_numbers(recipe)]
+    rest = [*_methods_do(recipe), *_format_holds(recipe)] if not numbers else []
+    return [
+        *_method_order(recipe),
+        *_override_methods(recipe),
+        *numbers,
+        *rest,
+        *_budget(recipe),
+        *_known_gpu(recipe),
+        *_fresh_text(recipe),
+    ]
 
 
 def _method_order(recipe: Recipe) -> Iterator[BuildError]:
@@ -255,8 +314,7 @@ def _method_order(recipe: Recipe) -> Iterator[BuildError]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         yield BuildError(where, f"{written} names {' and '.join(twice)} twice", f"name {' and '.join(twice)} once")
     elif not rounding:
-        known = [name for name, module in modules("methods").items() if _rounds(module)]
-        fix = f"end the list with one of {', '.join(known)}"
+        fix = f"end the list with one of {', '.join(_rounding())}"
         yield BuildError(where, f"{written} rescales weights, and nothing rounds them", fix)
     elif len(rounding) > 1:
         yield BuildError(where, f"{written} rounds twice, by {' and by '.join(rounding)}", f"keep one of {', '.join(rounding)}, at the end")
@@ -269,22 +327,103 @@ def _rounds(method: ModuleType) -> bool:
     return bool(method.KIND == "round")
 
 
-def _format_holds(recipe: Recipe) -> Iterator[BuildError]:
-    scheme = recipe.quantization.scheme
-    accepts = recipe.format.module.accepts
-    reason = accepts(scheme)
-    if reason is None:
+def _rounding() -> list[str]:
+    return [name for name, module in modules("methods").items() if _rounds(module)]
+
+
+def _override_methods(recipe: Recipe) -> Iterator[BuildError]:
+    for pattern, override in recipe.quantization.overrides.items():
+        if override.method is not None and not _rounds(override.method.module):
+            what = f"quantization.overrides.{pattern}.method: {override.method.name} rescales; scales belong to all that read one input"
+            fix = f"name one that rounds: {' or '.join(_rounding())}"
+            yield BuildError(recipe.at("quantization", "overrides", pattern, "method"), what, fix)
+
+
+def _numbers(recipe: Recipe) -> Iterator[BuildError]:
+    """Eight-bit floats, and rounded activations, leave no choice of bits, groups or zeros."""
+    asked = recipe.quantization
+    if asked.number == "int" and asked.activations == "none":
         return
+    said = f"number: {asked.number}" if asked.activations == "none" else f"activations: {asked.activations}"
+    wanted: dict[str, Any] = {"bits": 8, "group_size": -1, "symmetric": True}
+    if asked.activations != "none":
+        wanted["number"] = "fp8" if asked.activations == "fp8" else "int"
+    for key, value in wanted.items():
+        found = getattr(asked, key)
+        if found != value:
+            wrote, needs = (str(one).lower() if isinstance(one, bool) else one for one in (found, value))
+            what = f"quantization.{said} goes with {key}: {needs}, {key} is {wrote}"
+            yield BuildError(recipe.at("quantization", key), what, f"set {key}: {needs}")
+    if asked.mixed is not None:
+        what = f"quantization.mixed chooses bits of whole numbers, and {said} holds eight"
+        yield BuildError(recipe.at("quantization", "mixed"), what, "leave mixed out")
+
+
+def _methods_do(recipe: Recipe) -> Iterator[BuildError]:
+    """Each method can do each scheme that it may get."""
+    asked = recipe.quantization
+    jobs: list[tuple[Where, Method, Scheme]] = [
+        (("method",), method, scheme) for method in asked.method for scheme in (asked.kinds if _rounds(method.module) else (asked.scheme,))
+    ]
+    for pattern, override in asked.overrides.items():
+        if override.method is not None:
+            jobs.append((("overrides", pattern, "method"), override.method, override.scheme(asked.scheme)))
+    told = set()
+    for where, method, scheme in jobs:
+        reason = method.module.accepts(scheme)
+        if reason is not None and (where, reason) not in told:
+            told.add((where, reason))
+            others = [name for name, module in modules("methods").items() if module.KIND == method.module.KIND]
+            able = [name for name in others if modules("methods")[name].accepts(scheme) is None]
+            fix = f"name {' or '.join(able)} instead" if able else f"leave {method.name} out"
+            yield BuildError(recipe.at("quantization", *where), f"method {method.name} {reason}", fix)
+
+
+def _format_holds(recipe: Recipe) -> Iterator[BuildError]:
+    format, kinds = recipe.format, recipe.quantization.kinds
+    reason = format.module.accepts(kinds[0])
+    if reason is not None:
+        yield BuildError(recipe.at("format"), f"format: {format.name} {reason}", _holders(kinds[0], format.module))
+        return
+    strange = [str(kind) for kind in kinds if format.module.accepts(kind) is not None]
+    reason = f"cannot hold {', '.join(strange)}, which overrides or mixed ask for" if strange else format.module.mixes(kinds)
+    if reason is not None:
+        others = [name for name, module in modules("formats").items() if _holds(module, kinds)]
+        fix = f"set format: {' or '.join(others)}" if others else "give all linears one scheme"
+        yield BuildError(recipe.at("format"), f"format: {format.name} {reason}", f"{fix}, or leave overrides and mixed out")
+
+
+def _holds(format: ModuleType, kinds: tuple[Scheme, ...]) -> bool:
+    return all(format.accepts(kind) is None for kind in kinds) and format.mixes(kinds) is None
+
+
+def _holders(scheme: Scheme, format: ModuleType) -> str:
+    """What to change so that a scheme and its format go together, one change at a time."""
     offers = {
-        "bits": [bits for bits in get_args(Bits) if accepts(Scheme(bits, scheme.group_size, scheme.symmetric)) is None],
-        "group_size": [size for size in get_args(GroupSize) if accepts(Scheme(scheme.bits, size, scheme.symmetric)) is None],
-        "symmetric": [str(flag).lower() for flag in (False, True) if accepts(Scheme(scheme.bits, scheme.group_size, flag)) is None],
+        "bits": [bits for bits in get_args(Bits) if format.accepts(replace(scheme, bits=bits)) is None],
+        "group_size": [size for size in get_args(GroupSize) if format.accepts(replace(scheme, group_size=size)) is None],
+        "symmetric": [str(flag).lower() for flag in (False, True) if format.accepts(replace(scheme, symmetric=flag)) is None],
+        "activations": [to for to in get_args(Activations) if format.accepts(replace(scheme, activations=to)) is None],
     }
     fixes = [f"set {knob}: {' or '.join(map(str, values))}" for knob, values in offers.items() if values]
     others = [name for name, module in modules("formats").items() if module.accepts(scheme) is None]
     fixes += [f"format: {' or '.join(others)}"] if others else []
-    fix = ", or ".join(fixes) or "choose another bits, group_size and symmetric; the format says what it holds"
-    yield BuildError(recipe.at("format"), f"format: {recipe.format.name} {reason}", fix)
+    return ", or ".join(fixes) or "choose another bits, group_size and symmetric; the format says what it holds"
+
+
+def _budget(recipe: Recipe) -> Iterator[BuildError]:
+    """A budget that the smallest choice breaks, or that the largest does not reach, chooses nothing."""
+    asked = recipe.quantization
+    if asked.mixed is None:
+        return
+    least, most = min(asked.mixed.bits), max(asked.mixed.bits)
+    if asked.bits not in asked.mixed.bits:
+        what = f"quantization.bits is {asked.bits}, and mixed chooses from {', '.join(map(str, asked.mixed.bits))}"
+        yield BuildError(recipe.at("quantization", "bits"), what, f"set bits: {least}, or add {asked.bits} to mixed.bits")
+    if least == most or not least < asked.mixed.budget_bits < most + 1:
+        what = f"quantization.mixed.budget_bits is {asked.mixed.budget_bits:g}; bits from {least} to {most} leave nothing to choose there"
+        fix = f"set a budget between {least} and {most}" if least < most else "name other bits too in mixed.bits"
+        yield BuildError(recipe.at("quantization", "mixed", "budget_bits"), what, fix)
 
 
 def _known_gpu(recipe: Recipe) -> Iterator[BuildError]:

@@ -95,11 +95,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a running step may use. No result depends on `threads` or `batch`; `device` is recorded beside it."""
+    """What a running step may use. No result depends on `threads` or `batch`; `device` and `gpus` are recorded beside it."""
 
     threads: int = 1
     batch: int = 1  # finished units of work that may wait for the one before them: more memory, less waiting
     device: str = "cpu"  # or "cuda"
+    gpus: int = 1  # that share the work, where the device is one
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Each device by its own name; the first is where results come together."""
+        return tuple(f"cuda:{at}" for at in range(self.gpus)) if self.device == "cuda" and self.gpus > 1 else (self.device,)
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from buildsys import deploy
-from buildsys.architecture import Architecture
+from buildsys.architecture import Architecture, fused
 from buildsys.errors import BuildError
 from buildsys.measurement import Measurement
-from buildsys.scheme import Scheme
+from buildsys.relayout import Relayout, relayout
+from buildsys.scheme import Scheme, Schemes
 from buildsys.slots import modules
-from buildsys.step import Inputs, Request, Resources
+from buildsys.step import Inputs, Request, Resources, canonical
 from buildsys.survey import describe, read_config
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
 __all__ = ["Request", "Resources", "run"]
 
 Progress = Callable[[str, int, int], None]
-MAX_SHARD_BYTES = 2 << 30  # several files are hashed, sent and read at a time
+MAX_SHARD_BYTES = 1 << 30  # several files are hashed, sent and read at a time
 TOKENS, GENERATIONS, GENERATION = "tokens.safetensors", "generations.json", "generation_config.json"
+CHOSEN, COSTS = "schemes.json", "bits.json"
 
 
 def run(request: Request, progress: Progress) -> dict[str, Any]:
@@ -120,14 +122,48 @@ def quantize(request: Request, progress: Progress) -> dict[str, Any]:
     from buildsys.quant.parallel import tensor_cores
 
     *rescalers, rounder = (_method(said) for said in request.knobs["methods"])
-    job = walk.Job(Scheme(**request.knobs["scheme"]), tuple(rescalers), rounder, frozenset(request.knobs["skip"]))
+    own = {name: _method(said) for name, said in request.knobs.get("own_methods", {}).items()}
+    job = walk.Job(schemes(request), tuple(rescalers), rounder, own)
     stats = request.read("stats")
     seen = checkpoint.load(request.read("tokens").path(TOKENS))["tokens"] if job.sees_tokens else None
     model = float_model(request.read("source"), request)
     resumed = sum((request.stage / walk.block_name(layer)).exists() for layer in range(model.architecture.layers))
     with tensor_cores(request.resources.device):
         walk.quantize(model, job, lambda layer: stats.path(walk.block_name(layer)), seen, request.stage, request.resources, progress)
-    return {"resumed_blocks": resumed} if resumed else {}
+    return ({"resumed_blocks": resumed} if resumed else {}) | walk.told(request.stage)
+
+
+def allocate(request: Request, progress: Progress) -> dict[str, Any]:
+    """Each linear's bits, chosen under the budget from what they cost; beside them what there was to choose from."""
+    from buildsys.io import checkpoint
+    from buildsys.quant import allocate as parts
+    from buildsys.quant import quantize as walk
+    from buildsys.quant.budget import average_bits, spend, table
+    from buildsys.quant.parallel import tensor_cores
+
+    mixed, stats = request.knobs["mixed"], request.read("stats")
+    model = float_model(request.read("source"), request)
+    job = walk.Job(schemes(request), tuple(map(_method, request.knobs["methods"])), _method({"name": "rtn", "knobs": {}}))
+    seen = checkpoint.load(request.read("tokens").path(TOKENS))["tokens"]
+    together = tuple(fused(model.architecture))
+    with tensor_cores(request.resources.device):
+        groups = parts.measure(
+            model, job, together, mixed["bits"], lambda layer: stats.path(walk.block_name(layer)), seen, request.resources, progress
+        )
+    chosen = spend(groups, mixed["budget_bits"], str(request.hints.get("where", "quantization.mixed")))
+    found = {name: asdict(option.scheme) for group, option in zip(groups, chosen, strict=True) for name in group.names}
+    (request.stage / CHOSEN).write_bytes(canonical(found))
+    (request.stage / COSTS).write_text(json.dumps(table(groups, chosen), indent=1, allow_nan=False) + "\n")
+    return {"average_bits": round(average_bits(groups, chosen), 4)}
+
+
+def schemes(request: Request) -> Schemes:
+    """Each linear's scheme: as the recipe says, with the bits that allocate chose where there are such."""
+    said = Schemes.from_json(request.knobs)
+    if "bits" not in request.inputs:
+        return said
+    chosen = json.loads(request.read("bits").path(CHOSEN).read_text())
+    return Schemes(said.default, said.left_float, {**said.own, **{name: Scheme(**raw) for name, raw in chosen.items()}})
 
 
 def _method(said: Mapping[str, Any]) -> Any:
@@ -141,26 +177,30 @@ def pack(request: Request, progress: Progress) -> None:
     """The whole model in the format's layout: codes from the blocks, what lies outside of the blocks from the source."""
     from buildsys.io.checkpoint import DTYPES, Checkpoint, Writer
     from buildsys.quant.blocks import load_block
-    from buildsys.quant.parallel import Behind
+    from buildsys.quant.parallel import through_files
     from buildsys.quant.quantize import block_name, to_half
+    from buildsys.quant.rows import relay
 
-    architecture, source = _architecture(request.read("source")), Checkpoint(request.read("source").files)
-    format, scheme = modules("formats")[request.knobs["format"]["name"]], Scheme(**request.knobs["scheme"])
-    writer = Writer(request.stage, packed_layout(architecture, format, scheme, frozenset(request.knobs["skip"])), {}, MAX_SHARD_BYTES)
-    outside = [name for name in (architecture.embed, architecture.final_norm, architecture.lm_head) if name is not None]
-    with Behind(request.resources.device) as behind:
-        for name in outside:
-            half = to_half(source.load(name, source.dtype(name), request.resources.device), name)
-            assert half.dtype == DTYPES[format.FLOATS]
-            behind.do(partial(_add, writer, {name: half.cpu()}))
-        for layer in range(architecture.layers):
-            prefix = architecture.prefix(layer)
-            linears, floats = load_block(request.read("blocks").path(block_name(layer)), request.resources.device)
-            tensors = {prefix + name: tensor.cpu() for name, tensor in floats.items()}
-            for name, linear in linears.items():
-                tensors |= {f"{prefix}{name}.{part}": tensor.cpu() for part, tensor in format.pack(linear).items()}
-            behind.do(partial(_add, writer, tensors))
-            progress("pack", layer + 1, architecture.layers)
+    made, source = _relaid(request), Checkpoint(request.read("source").files)
+    format, device = modules("formats")[request.knobs["format"]["name"]], request.resources.device
+    writer = Writer(request.stage, packed_layout(made.architecture, format, made.schemes(schemes(request))), {}, MAX_SHARD_BYTES)
+
+    def outside(name: str, old: str) -> None:
+        half = to_half(source.load(old, source.dtype(old), device), old)
+        assert half.dtype == DTYPES[format.FLOATS]
+        writer.add(name, half)
+
+    def block(layer: int) -> None:
+        prefix = made.architecture.prefix(layer)
+        linears, floats = relay(made, *load_block(request.read("blocks").path(block_name(layer)), device))
+        _add(writer, {prefix + name: tensor for name, tensor in floats.items()})
+        for name, linear in linears.items():
+            _add(writer, {f"{prefix}{name}.{part}": tensor for part, tensor in format.pack(linear).items()})
+
+    around = [partial(outside, name, old) for name, old in made.outside().items()]
+    work = [*around, *(partial(block, layer) for layer in range(made.old.layers))]
+    for done, _ in enumerate(through_files(lambda one: one(), work, request.resources)):
+        progress("pack", done + 1, len(work))
     writer.close()
 
 
@@ -169,14 +209,15 @@ def _add(writer: Writer, tensors: Mapping[str, Tensor]) -> None:
         writer.add(name, tensor)
 
 
-def packed_layout(architecture: Architecture, format: Any, scheme: Scheme, skip: frozenset[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def packed_layout(architecture: Architecture, format: Any, schemes: Schemes) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Every tensor of the packed model with its type and shape, in the order in which an engine loads them."""
     linears = {architecture.prefix(layer) + linear.name: linear for layer in range(architecture.layers) for linear in architecture.linears}
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, shape in architecture.tensors().items():
         linear = linears.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         whole = name.removesuffix(".weight")
-        if linear is None or whole in skip:
+        scheme = schemes.of(whole) if linear is not None else None
+        if linear is None or scheme is None:
             found[name] = (format.FLOATS, shape)
         else:
             found |= format.layout(whole, scheme, linear.in_features, linear.out_features)
@@ -186,11 +227,13 @@ def packed_layout(architecture: Architecture, format: Any, scheme: Scheme, skip:
 def assemble(request: Request, progress: Progress) -> None:
     """The deployable folder: packed weights and the source's other files as links, config.json and the deploy profile written."""
     knobs, source, packed = request.knobs, request.read("source"), request.read("packed")
-    format, scheme = modules("formats")[knobs["format"]["name"]], Scheme(**knobs["scheme"])
-    architecture = _architecture(source)
+    made, format = _relaid(request), modules("formats")[knobs["format"]["name"]]
+    architecture, held = made.architecture, made.schemes(schemes(request))
     head = [(architecture.lm_head or "lm_head.weight").removesuffix(".weight")]
     rewritten = {
-        "config.json": lambda raw: deploy.config(raw, format.config(scheme, [*head, *knobs["skip"]])),
+        "config.json": lambda raw: deploy.config(
+            made.config, format.config(held, [*head, *architecture.routers(), *sorted(held.left_float)])
+        ),
         "tokenizer_config.json": lambda raw: deploy.tokenizer_config(raw, "tokenizer.json" in source.files),
     }
     for name, path in {**source.files, **packed.files}.items():
@@ -200,13 +243,14 @@ def assemble(request: Request, progress: Progress) -> None:
             target.write_text(json.dumps(rewritten[name](read_config(path, name)), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         else:
             target.symlink_to(path)
-    profile = deploy.profile(knobs["engine"], knobs["format"]["name"], knobs["kv_cache"], knobs["target"], architecture.max_positions)
-    (request.stage / "deploy").mkdir(exist_ok=True)
-    (request.stage / deploy.PROFILE).write_text(profile, encoding="utf-8")
+    if knobs["engine"] != "none":
+        profile = deploy.profile(knobs["engine"], format.QUANT_METHOD, knobs["kv_cache"], knobs["target"], architecture.max_positions)
+        (request.stage / "deploy").mkdir(exist_ok=True)
+        (request.stage / deploy.PROFILE).write_text(profile, encoding="utf-8")
 
 
-def score(request: Request, progress: Progress) -> None:
-    """Both models' predictions on the verify text, one value a token."""
+def score(request: Request, progress: Progress) -> dict[str, Any]:
+    """Both models' predictions on the verify text, one value a token; and how far apart they are after each block."""
     from buildsys.io import checkpoint
     from buildsys.quant.kv import fake_quantize
     from buildsys.quant.score import score as compare
@@ -214,8 +258,10 @@ def score(request: Request, progress: Progress) -> None:
     keep_kv = None if request.knobs["kv"] == "none" else partial(fake_quantize, bits=8 if request.knobs["kv"] == "int8" else 4)
     seen = checkpoint.load(request.read("tokens").path(TOKENS))["tokens"]
     source = float_model(request.read("source"), request)
-    quantized = packed_model(request, source.architecture, keep_kv)
-    checkpoint.save(request.stage / "scores.safetensors", compare(source, quantized, seen, request.resources, progress))
+    quantized = packed_model(request, keep_kv)
+    found = compare(source, quantized, seen, request.resources, progress)
+    checkpoint.save(request.stage / "scores.safetensors", found.tokens)
+    return {"block_drift": [float(f"{drift:.6g}") for drift in found.drift]}
 
 
 def generate(request: Request, progress: Progress) -> None:
@@ -230,7 +276,7 @@ def generate(request: Request, progress: Progress) -> None:
     prompts = [encode(render([{"role": "user", "content": text}], None, True) if render else text) for text in asked]
     original = float_model(source, request)
     ends, answers = _ends(source, original.architecture), []
-    for phase, model in (("source", original), ("quantized", packed_model(request, original.architecture, None))):
+    for phase, model in (("source", original), ("quantized", packed_model(request, None))):
         written = greedy(model, prompts, knobs["max_new_tokens"], ends, request.resources, partial(progress, phase))
         answers.append([decode(ids) for ids in written])
     found = [{"prompt": text, "source": first, "quantized": second} for text, first, second in zip(asked, *answers, strict=True)]
@@ -246,13 +292,13 @@ def _ends(source: Inputs, architecture: Architecture) -> frozenset[int]:
 
 def measure(request: Request, progress: Progress) -> None:
     """One check's numbers."""
-    knobs = request.knobs
+    knobs, made = request.knobs, _relaid(request)
     check = modules("checks")[knobs["check"]["name"]]
     context = SimpleNamespace(
-        architecture=_architecture(request.read("source")),
-        scheme=Scheme(**knobs["scheme"]),
+        architecture=made.architecture,
+        relayout=made,
+        schemes=made.schemes(schemes(request)),
         format=modules("formats")[knobs["format"]["name"]],
-        skipped=knobs["skip"],
         facts=knobs["facts"],
         progress=progress,
         device=request.resources.device,
@@ -269,6 +315,12 @@ def _architecture(source: Inputs) -> Architecture:
     return describe(read_config(source.path("config.json"), "config.json"), "config.json")[0]
 
 
+def _relaid(request: Request) -> Relayout:
+    """The names that the recipe writes the model under, and where under its own names each thing is."""
+    config = read_config(request.read("source").path("config.json"), "config.json")
+    return relayout(describe(config, "config.json")[0], config, "config.json", request.knobs["format"]["knobs"]["as_"])
+
+
 def float_model(source: Inputs, request: Request) -> Model:
     """The source, read block by block."""
     from buildsys.io.checkpoint import Checkpoint
@@ -277,22 +329,23 @@ def float_model(source: Inputs, request: Request) -> Model:
     return Model(_architecture(source), Checkpoint(source.files), request.resources.device)
 
 
-def packed_model(request: Request, architecture: Architecture, keep_kv: Any) -> Model:
+def packed_model(request: Request, keep_kv: Any) -> Model:
     """The artifact's weights, unpacked block by block."""
     from buildsys.io.checkpoint import Checkpoint
     from buildsys.quant.model import Model
 
-    format, scheme = modules("formats")[request.knobs["format"]["name"]], Scheme(**request.knobs["scheme"])
+    made, format = _relaid(request), modules("formats")[request.knobs["format"]["name"]]
     return Model(
-        architecture,
+        made.architecture,
         Checkpoint(request.read("packed").files),
         request.resources.device,
-        unpack=lambda tensors: format.unpack(tensors, scheme),
-        left_float=frozenset(request.knobs["skip"]),
+        unpack=format.unpack,
+        schemes=made.schemes(schemes(request)),
         keep_kv=keep_kv,
     )
 
 
 _STEPS: dict[str, Callable[[Request, Progress], dict[str, Any] | None]] = {
-    function.__name__: function for function in (fetch, tokens, disjoint, calibrate, quantize, pack, assemble, score, measure, generate)
+    function.__name__: function
+    for function in (fetch, tokens, disjoint, calibrate, allocate, quantize, pack, assemble, score, measure, generate)
 }

@@ -67,7 +67,8 @@ def layer_errors(quantized: Artifact | None, store: Store) -> dict[str, float]:
     errors: dict[str, float] = {}
     for name in quantized.files if quantized is not None else ():
         if quantized is not None and name.endswith(".errors.json"):
-            errors |= json.loads(store.path(quantized, name).read_text())
+            notes = json.loads(store.path(quantized, name).read_text())
+            errors |= {linear: noted["error"] for linear, noted in notes.items() if "error" in noted}
     return errors
 
 

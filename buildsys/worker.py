@@ -47,9 +47,9 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # parallelism is over fixed units of work, in our own threads: results never depend on it
     "MKL_NUM_THREADS": "1",
     # glibc raises its threshold for mapped memory to 32 MiB as it goes, and then keeps what tensors have freed: measured 1.3 GiB instead of
-    # 0.6 GiB in `score`, at no gain in speed. A fixed threshold turns that off.
-    "MALLOC_MMAP_THRESHOLD_": str(384 << 10),
-    "MALLOC_TRIM_THRESHOLD_": str(4 << 20),
+    # 0.6 GiB in `score`. A fixed threshold turns that off. A lower one would make each temporary of a few MB a fresh mapping, page by page.
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 20),
     "MALLOC_ARENA_MAX": "2",
     # Sizes of blocks differ by much: a GPU's memory would end up in pieces, and twice of what is in use would be reserved.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
@@ -100,7 +100,7 @@ def perform(job: Job, progress: Progress, waiting: Callable[[str], None], steps:
         watched = _watched(inputs, store)
         stage = _stage(store, job, {"computes_on": _arithmetic(device), "watched": watched})
         began, at = time.monotonic(), _now()
-        resources = Resources(threads=job.threads, batch=job.batch, device=device)
+        resources = Resources(threads=job.threads, batch=job.batch, device=device, gpus=_gpus(device))
         request = Request(job.kind, job.knobs, job.hints, inputs, stage, resources, store.sha256)
         if device == "cuda":
             _reset_peak()
@@ -163,11 +163,12 @@ def _machine(device: str) -> dict[str, Any]:
     """Of what computes this output: versions, processor and GPU. Recorded, and not in the key: see the design page."""
     loaded = {name: str(getattr(sys.modules[name], "__version__", "?")) for name in COMPUTES if name in sys.modules}
     found: dict[str, Any] = {"device": device, "versions": {"python": platform.python_version(), **loaded}, "machine": _host()}
+    found |= _products(device)
     if device == "cuda":
         import torch
 
-        found["gpu"] = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-        found["peak_gpu_bytes"] = torch.cuda.max_memory_reserved()
+        found["gpu"] = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "count": _gpus(device)}
+        found["peak_gpu_bytes"] = max(torch.cuda.max_memory_reserved(at) for at in range(_gpus(device)))
     return found
 
 
@@ -176,14 +177,33 @@ def _reset_peak() -> None:
     import torch
 
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    for at in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(at)
+
+
+def _gpus(device: str) -> int:
+    """How many GPUs a step may spread over: all that CUDA_VISIBLE_DEVICES shows."""
+    if device != "cuda":
+        return 1
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _arithmetic(device: str) -> dict[str, Any]:
     """What a result's last bits may depend on: work that was begun elsewhere is not gone on with."""
     torch = sys.modules.get("torch")
-    found = {"device": device, "torch": str(torch.__version__) if torch is not None else "", "machine": _host()}
-    return found | ({"gpu": torch.cuda.get_device_name()} if torch is not None and device == "cuda" else {})
+    found = {"device": device, "torch": str(torch.__version__) if torch is not None else "", "machine": _host()} | _products(device)
+    return found | ({"gpu": torch.cuda.get_device_name(), "gpus": _gpus(device)} if torch is not None and device == "cuda" else {})
+
+
+def _products(device: str) -> dict[str, str]:
+    """What a CPU rounds the factors of its products to where they are weighed: a virtual machine may hide what its processor can do."""
+    if device != "cpu" or "torch" not in sys.modules:
+        return {}
+    from buildsys.quant.parallel import has_matrix_units
+
+    return {"products": "bfloat16" if has_matrix_units() else "float32"}
 
 
 @cache

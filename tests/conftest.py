@@ -1,4 +1,4 @@
-"""The two built workspaces that tests share. Nobody alters them: a test that changes something works on a copy (runs.copy)."""
+"""The built workspaces that tests share. Nobody alters them: a test that changes something works on a copy (runs.copy)."""
 
 from __future__ import annotations
 
@@ -43,3 +43,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workspace, ran = shared(tmp_path_factory, "tiny", lambda folder: runs.doit(runs.tiny(folder), *build))
     ran.fine()
     return workspace
+
+
+@pytest.fixture(scope="session")
+def schemes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, runs.Ran]:
+    """Every variant of the recipe `schemes` of runs.py, built two steps at a time, and what the build said."""
+    build = ("-n", "2", "build", "recipe=schemes@*")
+    return shared(tmp_path_factory, "schemes", lambda folder: runs.doit(runs.schemes(folder), *build))

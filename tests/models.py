@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from buildsys.architecture import Architecture
 from buildsys.io.checkpoint import Checkpoint
 from buildsys.quant.model import Model
+from buildsys.quant.rotary import tables
 from buildsys.survey import describe
 
 VOCAB = 320  # 2 special tokens, 256 bytes, 62 merges
@@ -74,7 +75,52 @@ def tiny_internlm2(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.fl
     return _write(folder, "internlm2", "InternLM2ForCausalLM", {"bias": False, "auto_map": auto_map} | config, seed, dtype)
 
 
-FAMILIES = {"llama": tiny_llama, "mistral": tiny_mistral, "qwen2": tiny_qwen2, "qwen3": tiny_qwen3, "internlm2": tiny_internlm2}
+def tiny_internlm3(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+    """An InternLM3 with biases on queries, keys and values alone, and the auto_map that its publisher ships."""
+    auto_map = {"AutoConfig": "configuration_internlm3.InternLM3Config", "AutoModelForCausalLM": "modeling_internlm3.InternLM3ForCausalLM"}
+    shipped = {"qkv_bias": True, "bias": False, "head_dim": 32, "auto_map": auto_map}
+    return _write(folder, "internlm3", "InternLM3ForCausalLM", shipped | config, seed, dtype)
+
+
+def tiny_phi3(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+    """A Phi-3: q, k and v in one matrix, gate and up in another; its window of 24 tokens is shorter than most tests' sequences."""
+    return _write(folder, "phi3", "Phi3ForCausalLM", {"sliding_window": 24} | config, seed, dtype)
+
+
+def tiny_mixtral(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+    """A Mixtral with four experts, of which each token asks two."""
+    return _write(folder, "mixtral", "MixtralForCausalLM", {"num_local_experts": 4} | config, seed, dtype)
+
+
+def tiny_qwen3_moe(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+    """A Qwen3 with six narrow experts, of which each token asks three; heads wider than hidden_size / heads."""
+    said = {"head_dim": 64, "num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True}
+    width = config.get("moe_intermediate_size", config.get("intermediate_size", 64))
+    return _write(folder, "qwen3_moe", "Qwen3MoeForCausalLM", said | {"moe_intermediate_size": width} | config, seed, dtype)
+
+
+FAMILIES = {
+    "llama": tiny_llama,
+    "mistral": tiny_mistral,
+    "qwen2": tiny_qwen2,
+    "qwen3": tiny_qwen3,
+    "internlm2": tiny_internlm2,
+    "internlm3": tiny_internlm3,
+    "phi3": tiny_phi3,
+    "mixtral": tiny_mixtral,
+    "qwen3_moe": tiny_qwen3_moe,
+}
+
+
+def starve(folder: Path) -> Path:
+    """Rewrites the routers of a mixture of five, of which each token asks two, so that the last expert is sent none: the logits are a, -a,
+    b, -b and 0."""
+    held = load_file(folder / "model.safetensors")
+    for name in [name for name in held if name.endswith("gate.weight")]:
+        v, w = held[name][0], held[name][1]
+        held[name] = torch.stack([v, -v, w, -w, torch.zeros_like(v)])
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def files(folder: Path) -> dict[str, Path]:
@@ -86,6 +132,14 @@ def opened(folder: Path) -> Model:
     """The float model in `folder`, as steps open it."""
     config = json.loads((folder / "config.json").read_text())
     return Model(describe(config, "config.json")[0], Checkpoint(files(folder)))
+
+
+def streamed(model: Model, tokens: Tensor) -> Tensor:  # [windows, tokens] -> [windows, tokens, vocab]
+    """Logits, one block after the other as steps compute them."""
+    hidden, rotary = model.embed(tokens), tables(model.architecture, tokens.shape[1])
+    for block in model.blocks(range(model.architecture.layers)):
+        hidden = [block.forward(h, rotary) for h in hidden]
+    return torch.stack([model.head().logits(h) for h in hidden])
 
 
 def prose(words: int, seed: int = 0) -> str:

@@ -39,6 +39,43 @@ verify:
 publish: {directory: {path: ../published}}
 """
 
+SCHEMES = """\
+schema: 1
+source: {local: {path: llama}}
+calibration:
+  dataset: {text_files: {paths: [calibration.txt]}}
+  samples: 4
+  seqlen: 32
+quantization: {bits: 4, group_size: 32, symmetric: true, method: [awq, gptq]}
+format: compressed_tensors
+verify:
+  text: {text_files: {paths: [verify.txt]}}
+  samples: 4
+  seqlen: 32
+  kl: {max_nats: 0.5}
+matrix:
+  overrides:
+    quantization:
+      overrides:
+        down_proj: {bits: 8, group_size: 64}
+        layers.0.self_attn.o_proj: {skip: true}
+        layers.1.self_attn.*: {method: rtn}
+  w8a8:
+    quantization: {bits: 8, group_size: -1, activations: int8, method: [smoothquant, rtn]}
+    format: smooth_quant
+  mixed:
+    quantization: {symmetric: false, mixed: {budget_bits: 4.4, bits: [3, 4, 8]}}
+    format: gptq
+  relaid:
+    source: {local: {path: internlm2}}
+    quantization: {symmetric: false}
+    format: {awq: {as: llama}}
+  experts:
+    source: {local: {path: mixtral}}
+    quantization: {symmetric: false}
+    format: awq
+"""
+
 
 @dataclass(frozen=True)
 class Ran:
@@ -63,9 +100,10 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The tests' own, with the buildsys that is tested first on the path."""
-    kept = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *([kept] if kept else [])])}
+    """The tests' own, with the buildsys that is tested first on the path. Asked for by threads, while pytest changes it for each test."""
+    now = {name: value for name in list(os.environ) if (value := os.environ.get(name)) is not None}
+    kept = now.get("PYTHONPATH")
+    return {**now, "PYTHONPATH": os.pathsep.join([str(ROOT), *([kept] if kept else [])])}
 
 
 def doit(workspace: Path, *arguments: str, before: Callable[[], None] | None = None, **more: str) -> Ran:
@@ -101,6 +139,19 @@ def tiny(folder: Path, **config: Any) -> Path:
     (folder / "recipes" / "calibration.txt").write_text(models.prose(600, seed=1))
     (folder / "recipes" / "verify.txt").write_text(models.prose(600, seed=2))
     (folder / "recipes" / "tiny.yaml").write_text(TINY)
+    return folder
+
+
+def schemes(folder: Path) -> Path:
+    """A workspace with the recipe `schemes`: a variant for each way to hold a model beyond one scheme under its own names."""
+    import models
+
+    empty(folder)
+    for family in ("llama", "internlm2", "mixtral"):
+        models.FAMILIES[family](folder / "recipes" / family)
+    (folder / "recipes" / "calibration.txt").write_text(models.prose(600, seed=1))
+    (folder / "recipes" / "verify.txt").write_text(models.prose(600, seed=2))
+    (folder / "recipes" / "schemes.yaml").write_text(SCHEMES)
     return folder
 
 

@@ -83,6 +83,7 @@ def remote_code(workspace: Path) -> None:
     (workspace / MODEL / "modeling_baichuan.py").write_text("import os\nos.system('touch EVIL')\n")
 
 
+W8A8 = "{bits: 8, group_size: -1, symmetric: true, activations: int8"
 CASES: dict[str, tuple[Break, list[str], str, str, str]] = {
     # what it is: (how it is broken, the command line, where, what, fix)
     "unknown key": (recipe("  seed: 0", "  sed: 0"), ["build", "recipe=tiny"], "recipes/tiny.yaml:7", "sed", "seed"),
@@ -107,13 +108,68 @@ CASES: dict[str, tuple[Break, list[str], str, str, str]] = {
         "group_size 128 does not divide the 96 input channels of model.layers.0.mlp.down_proj",
         "set group_size: 32",
     ),
+    "W8A8 in awq": (
+        recipe("{bits: 4, group_size: 32, method: [awq, gptq]}", f"{W8A8}, method: [smoothquant, rtn]}}"),
+        ["build", "recipe=tiny"],
+        "recipes/tiny.yaml:9",
+        "format: awq is for float activations, quantization.activations is int8",
+        "format: compressed_tensors or smooth_quant",
+    ),
+    "W8A8 by groups": (
+        recipe("{bits: 4, group_size: 32, method: [awq, gptq]}", f"{W8A8.replace('-1', '32')}, method: [smoothquant, rtn]}}"),
+        ["build", "recipe=tiny"],
+        "recipes/tiny.yaml:8",
+        "quantization.activations: int8 goes with group_size: -1, group_size is 32",
+        "set group_size: -1",
+    ),
+    "key of an override": (
+        recipe("method: [awq, gptq]", "method: [awq, gptq], overrides: {down_proj: {bit: 8}}"),
+        ["build", "recipe=tiny"],
+        "recipes/tiny.yaml:8",
+        "quantization.overrides.down_proj.bit is an unknown key",
+        "did you mean bits?",
+    ),
+    "name in an override": (
+        lambda workspace: (
+            recipe("method: [awq, gptq]", "method: [awq, gptq], overrides: {dwn_proj: {bits: 8}}")(workspace),
+            recipe("format: awq", "format: compressed_tensors")(workspace),
+        ),
+        ["build", "recipe=tiny"],
+        "recipes/tiny.yaml:8",
+        "quantization.overrides: dwn_proj matches no linear of this model",
+        "model.layers.1.mlp.down_proj or down_proj",
+    ),
+    "two schemes in awq": (
+        recipe("method: [awq, gptq]", "method: [awq, gptq], overrides: {down_proj: {group_size: 64}}"),
+        ["build", "recipe=tiny"],
+        "recipes/tiny.yaml:9",
+        "format: awq holds one scheme for all linears, asked are 4-bit g32 asymmetric, 4-bit g64 asymmetric",
+        "set format: compressed_tensors or gptq",
+    ),
+    "budget": (
+        lambda workspace: (
+            recipe("method: [awq, gptq]", "method: [awq, gptq], mixed: {budget_bits: 3.5}")(workspace),
+            recipe("format: awq", "format: gptq")(workspace),
+        ),
+        ["build", "recipe=tiny"],
+        "recipes/tiny.yaml:8",
+        "the smallest choice takes 3.5938 bits a weight with its scales and zeros, budget_bits is 3.5",
+        "set budget_bits: 3.6",
+    ),
+    "as llama": (
+        lambda workspace: (recipe("format: awq", "format: {awq: {as: llama}}")(workspace), other_family(workspace)),
+        ["build", "recipe=tiny"],
+        "recipes/tiny.yaml:9",
+        "the model has norms of queries and keys, which a Llama has not",
+        "leave `as` out",
+    ),
     "pickle only": (pickle_only, ["build", "recipe=tiny"], "recipes/model", "pickle", "safe_serialization=True"),
     "remote code": (remote_code, ["build", "recipe=tiny"], "config.json", "the model's own code (auto_map)", "buildsys/archs"),
     "unsupported architecture": (
         config(architectures=["GPT2LMHeadModel"], model_type="gpt2"),
         ["build", "recipe=tiny"],
         "config.json",
-        "architecture GPT2LMHeadModel is not implemented; implemented: InternLM2ForCausalLM, LlamaForCausalLM",
+        "architecture GPT2LMHeadModel is not implemented; implemented: InternLM2ForCausalLM, InternLM3ForCausalLM, LlamaForCausalLM",
         "buildsys/archs",
     ),
     "truncated": (truncated, ["build", "recipe=tiny"], "model.safetensors", "truncated", "again"),
@@ -148,6 +204,12 @@ def narrow_model(workspace: Path) -> None:
     import models
 
     models.tiny_llama(workspace / MODEL, intermediate_size=96)
+
+
+def other_family(workspace: Path) -> None:
+    import models
+
+    models.tiny_qwen3(workspace / MODEL)
 
 
 @pytest.fixture(scope="module")

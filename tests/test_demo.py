@@ -13,13 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
+import readers
 import runs
 import torch
 from safetensors import safe_open
-from safetensors.numpy import load_file
 from torch import Tensor
 
 from buildsys.store import Store
@@ -44,45 +43,18 @@ def test_demo_builds(demo: tuple[Path, runs.Ran]) -> None:
     assert "passed  kl " in ran.out and f"demo: built {len(plan.steps)} of {len(plan.steps)} steps" in ran.out
 
 
-def unpack_awq(qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """A weight [out, in] from AWQ's gemm layout, written from the layout's description: one output channel at a time, by division alone.
-
-    qweight int32 [in, out/8], qzeros int32 [in/group, out/8], scales float16 [in/group, out]. The lowest four bits of a word are output
-    channel 0 of its eight; then come channels 2, 4 and 6, and then 1, 3, 5 and 7. A weight is (code - zero) * scale.
-    """
-    inputs, words = qweight.shape
-    group = inputs // qzeros.shape[0]
-    weight = np.zeros((8 * words, inputs), dtype=np.float32)
-    for lane, channel in enumerate([0, 2, 4, 6, 1, 3, 5, 7]):
-        for word in range(words):
-            out = 8 * word + channel
-            column = qweight[:, word].astype(np.int64) % 2**32 // 16**lane % 16
-            for start in range(0, inputs, group):
-                codes = column[start : start + group]
-                zero = int(qzeros[start // group, word]) % 2**32 // 16**lane % 16
-                weight[out, start : start + group] = (codes - zero) * np.float32(scales[start // group, out])
-    return weight
-
-
 def test_kl_of_an_independent_unpacker_equals_verifys(demo: tuple[Path, runs.Ran]) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     workspace, ran = demo
     ran.fine()
     artifact, source = workspace / "artifacts" / "demo", workspace / "recipes" / "demo" / "model"
-    packed = load_file(artifact / "model.safetensors")
-    state = {}
-    for name, value in packed.items():
-        stem, _, part = name.rpartition(".")
-        if part == "qweight":
-            state[f"{stem}.weight"] = unpack_awq(value, packed[f"{stem}.qzeros"], packed[f"{stem}.scales"])
-        elif part not in ("qzeros", "scales"):
-            state[name] = value.astype(np.float32)
     config = json.loads((artifact / "config.json").read_text())
-    assert len([name for name in packed if name.endswith(".qweight")]) == 7 * config["num_hidden_layers"]
+    packed = [name for name in read(artifact / "model.safetensors") if name.endswith(".qweight")]
+    assert len(packed) == 7 * config["num_hidden_layers"]
     del config["quantization_config"], config["torch_dtype"]
     quantized, original = LlamaForCausalLM(LlamaConfig(**config)).float(), LlamaForCausalLM(LlamaConfig(**config)).float()
-    quantized.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()}, strict=True)
+    quantized.load_state_dict({name: torch.from_numpy(value) for name, value in readers.weights(artifact).items()}, strict=True)
     original.load_state_dict({name: value.float() for name, value in read(source / "model.safetensors").items()}, strict=True)
 
     plan = runs.planned(workspace, "demo")

@@ -9,7 +9,7 @@ import yaml
 
 from buildsys import deploy
 from buildsys.formats import awq
-from buildsys.scheme import Scheme
+from buildsys.scheme import Scheme, Schemes
 
 SOURCE = {
     "architectures": ["LlamaForCausalLM"],
@@ -21,11 +21,13 @@ SOURCE = {
 
 
 def test_config_tells_the_quantization_and_brings_no_code() -> None:
-    quantization = awq.config(Scheme(4, 128), ["lm_head"])
+    quantization = awq.config(Schemes(Scheme(4, 128)), ["lm_head"])
     said = deploy.config(SOURCE, quantization)
     assert said == {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": 64,
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
         "torch_dtype": "float16",
         "quantization_config": quantization,
     }

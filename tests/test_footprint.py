@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from buildsys import footprint, gpus
 from buildsys.architecture import Architecture, llama_family
+from buildsys.archs import mixtral, qwen3_moe
 from buildsys.footprint import GIB
-from buildsys.scheme import Scheme
+from buildsys.scheme import Scheme, Schemes
 
-W4 = Scheme(4, 128)
+W4 = Schemes(Scheme(4, 128))
 
 
 def llama(
@@ -37,9 +38,35 @@ LLAMA2_7B = llama()
 LLAMA3_70B = llama(80, 8192, 28672, 64, 8, 128256)
 
 
-def serving(architecture: Architecture, gpu: str, scheme: Scheme | None = W4, **changes: object) -> footprint.Serving:
+QWEN3_30B_A3B = qwen3_moe.describe(
+    {
+        "num_hidden_layers": 48,
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "vocab_size": 151936,
+    },
+    "config.json",
+)
+MIXTRAL_8X7B = mixtral.describe(
+    {
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+    },
+    "config.json",
+)
+
+
+def serving(architecture: Architecture, gpu: str, schemes: Schemes | None = W4, **changes: object) -> footprint.Serving:
     asked = {"kv_policy": "none", "max_entry_count": 0.8, "session_len": 4096, "max_batch_size": 32} | changes
-    return footprint.serving(architecture, scheme, gpus.GPUS[gpu], **asked)  # type: ignore[arg-type]
+    return footprint.serving(architecture, schemes, gpus.GPUS[gpu], **asked)  # type: ignore[arg-type]
 
 
 def test_llama2_7b_has_its_published_size() -> None:
@@ -49,11 +76,41 @@ def test_llama2_7b_has_its_published_size() -> None:
     assert packed == pytest.approx(3.89e9, rel=0.005)  # TheBloke/Llama-2-7B-AWQ: model.safetensors of 3.89 GB
 
 
+@pytest.mark.parametrize(
+    ("architecture", "billions", "active"),
+    [(MIXTRAL_8X7B, 46.7, 12.9), (QWEN3_30B_A3B, 30.5, 3.3)],
+    ids=["mixtral", "qwen3_moe"],
+)
+def test_mixtures_have_their_published_sizes(architecture: Architecture, billions: float, active: float) -> None:
+    """arXiv:2401.04088, section 1, and the model page of Qwen3-30B-A3B; of active weights both count the embedding."""
+    assert round(sum(each.disk_bytes for each in footprint.weights(architecture, None)) / 2e9, 1) == billions
+    read_bytes = (
+        gpus.GPUS["h200"].bandwidth_gb_s * 1e9 * footprint.BANDWIDTH_SHARE / serving(architecture, "h200", None).decode_bound_tokens_per_s
+    )
+    assert read_bytes / 2e9 + architecture.vocab_size * architecture.hidden_size / 1e9 == pytest.approx(active, abs=0.06)
+
+
+def test_a_mixture_computes_with_the_experts_that_it_asks() -> None:
+    def build(asked: int) -> footprint.Building:
+        assert MIXTRAL_8X7B.experts is not None
+        architecture = replace(MIXTRAL_8X7B, experts=replace(MIXTRAL_8X7B.experts, per_token=asked))
+        speed = footprint.cuda_speed(gpus.GPUS["h200"])
+        return footprint.building(architecture, W4, speed, samples=128, seqlen=2048, verify_windows=40, verify_seqlen=2048, device="cuda")
+
+    two, four, eight = (build(asked) for asked in (2, 4, 8))
+    growth = eight.seconds["score"] - four.seconds["score"]
+    assert growth == pytest.approx(2 * (four.seconds["score"] - two.seconds["score"])) and growth > four.seconds["score"] / 2
+    assert two.disk_bytes == eight.disk_bytes and two.seconds["quantize"] < eight.seconds["quantize"]
+    quarter, whole = (serving(replace(MIXTRAL_8X7B, experts=replace(MIXTRAL_8X7B.experts, per_token=asked)), "h200") for asked in (2, 8))
+    assert quarter.weights_bytes == whole.weights_bytes and quarter.workspace_bytes < whole.workspace_bytes
+    assert quarter.decode_bound_tokens_per_s > 2 * whole.decode_bound_tokens_per_s
+
+
 def test_one_quantized_matrix_by_hand() -> None:
     found = {each.name: each for each in footprint.weights(LLAMA2_7B, W4)}["model.layers.0.mlp.down_proj.weight"]
     codes, pairs = 4096 * 11008 // 2, 4096 * 11008 // 128
     assert found.disk_bytes == codes + pairs * 2 + pairs // 2 and found.gpu_bytes == codes + pairs * 4 and found.quantized
-    whole_rows = {each.name: each for each in footprint.weights(LLAMA2_7B, Scheme(4, -1))}["model.layers.0.mlp.down_proj.weight"]
+    whole_rows = {each.name: each for each in footprint.weights(LLAMA2_7B, Schemes(Scheme(4, -1)))}["model.layers.0.mlp.down_proj.weight"]
     assert whole_rows.disk_bytes == codes + 4096 * 2 + 4096 // 2
 
 
@@ -64,13 +121,13 @@ def test_packed_bytes_are_the_format_s_own() -> None:
     found = {each.name: each for each in footprint.weights(LLAMA2_7B, W4)}
     for linear in LLAMA2_7B.linears:
         name = LLAMA2_7B.prefix(3) + linear.name
-        layout = awq.layout(name, W4, linear.in_features, linear.out_features)
+        layout = awq.layout(name, W4.default, linear.in_features, linear.out_features)
         assert found[f"{name}.weight"].disk_bytes == sum(size[dtype] * shape[0] * shape[1] for dtype, shape in layout.values())
 
 
 def test_skipped_linears_stay_float() -> None:
     name = "model.layers.0.mlp.down_proj"
-    found = {each.name: each for each in footprint.weights(LLAMA2_7B, W4, {name})}
+    found = {each.name: each for each in footprint.weights(LLAMA2_7B, Schemes(W4.default, frozenset({name})))}
     assert not found[f"{name}.weight"].quantized and found[f"{name}.weight"].disk_bytes == 2 * 4096 * 11008
     assert found["model.layers.1.mlp.down_proj.weight"].quantized
 

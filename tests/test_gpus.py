@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from buildsys import gpus
+from buildsys.scheme import Scheme
+from buildsys.slots import modules
 
 
 def test_names_that_a_recipe_can_use() -> None:
@@ -56,39 +58,62 @@ def test_nothing_is_close_to_nonsense() -> None:
     assert gpus.close("") == () and gpus.close("zzzzzz") == () and gpus.close("NVIDIA") == ()
 
 
+INT8, FP8 = Scheme(8, -1, True, "int", "int8"), Scheme(8, -1, True, "fp8", "fp8")
+
+
+def test_every_format_has_its_row() -> None:
+    assert gpus.SUPPORT.keys() == {"fp16", *modules("formats")}
+
+
 @pytest.mark.parametrize(
-    ("gpu", "format", "says"),
+    ("gpu", "format", "kinds", "says"),
     [
-        ("v100", "awq", None),
-        ("t4", "awq", None),
-        ("a100-40gb", "w8a8_fp8", "from sm89 in LMDeploy, a100-40gb is sm80"),
-        ("l4", "w8a8_fp8", None),
-        ("l4", "gguf", "not known to run format gguf; known: fp16, awq"),
+        ("v100", "fp16", [], None),
+        ("v100", "awq", [Scheme(4, 128)], None),
+        ("t4", "awq", [Scheme(4, 128)], None),
+        ("t4", "awq", [Scheme(4, 64)], None),  # by the PyTorch engine
+        ("t4", "awq", [Scheme(4, -1)], "TurboMind loads format awq with groups of 128 only, group_size is -1; LMDeploy's PyTorch engine"),
+        ("a100-40gb", "smooth_quant", [INT8], None),
+        ("a100-40gb", "smooth_quant", [FP8], "PyTorch engine loads format smooth_quant from sm89, a100-40gb is sm80"),
+        ("l4", "smooth_quant", [FP8], None),
+        ("l4", "compressed_tensors", [FP8], "TurboMind loads format compressed_tensors with 4 bits only, bits is 8"),
+        ("h100", "gptq", [Scheme(4, 128, True), Scheme(8, 128, True)], "one scheme for all linears, asked are 4-bit g128 symmetric, 8-bit"),
+        ("h100", "gptq", [Scheme(4, 128)], "TurboMind loads format gptq with zeros in mid-range only, symmetric is false"),
+        ("h100", "gptq", [Scheme(4, 128, True)], None),
+        ("l4", "gguf", [Scheme(4, 128)], "not known to run format gguf; known: fp16, awq"),
     ],
 )
-def test_refusals_name_both_values(gpu: str, format: str, says: str | None) -> None:
-    found = gpus.refusal(gpus.GPUS[gpu], format)
+def test_refusals_name_both_values(gpu: str, format: str, kinds: list[Scheme], says: str | None) -> None:
+    found = gpus.refusal(gpus.GPUS[gpu], format, kinds)
     assert found is None if says is None else found is not None and says in found
 
 
 @pytest.mark.parametrize(
-    ("gpu", "format", "policy", "head_dim", "group", "says"),
+    ("gpu", "format", "policy", "head_dim", "scheme", "says"),
     [
-        ("t4", "awq", "int4", 64, 128, None),
-        (None, "awq", "none", 80, 128, None),
-        ("h100", "awq", "none", 128, 64, "groups of 128 only, group_size is 64"),
-        (None, "awq", "none", 128, -1, "group_size is -1"),
-        ("h100", "compressed_tensors", "none", 128, 32, None),
-        ("l4", "w8a8_fp8", "none", 128, 128, "does not load format w8a8_fp8"),
-        ("a100-40gb", "awq", "int8", 192, 128, None),
-        ("a100-40gb", "awq", "int4", 192, 128, "KV policy int4 for heads of 64, 128, 256, head_dim is 192"),
-        ("t4", "awq", "none", 192, 128, "t4 (sm75)"),
-        ("b200", "awq", "int8", 96, 128, "head_dim is 96"),
+        ("t4", "awq", "int4", 64, Scheme(4, 128), None),
+        (None, "awq", "none", 80, Scheme(4, 128), None),
+        ("h100", "awq", "none", 128, Scheme(4, 64), "groups of 128 only, group_size is 64"),
+        (None, "awq", "none", 128, Scheme(4, -1), "group_size is -1"),
+        ("h100", "compressed_tensors", "none", 128, Scheme(4, 32), None),
+        ("h100", "compressed_tensors", "none", 128, Scheme(8, 32), "with 4 bits only, bits is 8"),
+        ("h100", "gptq", "none", 128, Scheme(4, 128), "symmetric is false"),
+        ("l4", "smooth_quant", "none", 128, FP8, "TurboMind does not load format smooth_quant"),
+        ("a100-40gb", "awq", "int8", 192, Scheme(4, 128), None),
+        ("a100-40gb", "awq", "int4", 192, Scheme(4, 128), "KV policy int4 for heads of 64, 128, 256, head_dim is 192"),
+        ("t4", "awq", "none", 192, Scheme(4, 128), "t4 (sm75)"),
+        ("b200", "awq", "int8", 96, Scheme(4, 128), "head_dim is 96"),
     ],
 )
-def test_what_turbomind_lacks(gpu: str | None, format: str, policy: gpus.KvPolicy, head_dim: int, group: int, says: str | None) -> None:
-    found = list(gpus.turbomind_lacks(format, group, policy, head_dim, gpus.GPUS[gpu] if gpu else None))
+def test_what_turbomind_lacks(gpu: str | None, format: str, policy: gpus.KvPolicy, head_dim: int, scheme: Scheme, says: str | None) -> None:
+    found = list(gpus.turbomind_lacks(format, [scheme], policy, head_dim, gpus.GPUS[gpu] if gpu else None))
     assert not found if says is None else len(found) == 1 and says in found[0]
+
+
+def test_what_the_pytorch_engine_lacks() -> None:
+    assert not list(gpus.engine_lacks("pytorch", "awq", [Scheme(4, 32)]))
+    assert list(gpus.engine_lacks("pytorch", "gptq", [Scheme(4, 128, True)])) == ["LMDeploy's PyTorch engine does not load format gptq"]
+    assert not list(gpus.engine_lacks("pytorch", "smooth_quant", [FP8], gpus.GPUS["h200"]))
 
 
 def test_planning_loads_no_torch() -> None:

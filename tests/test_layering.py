@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "buildsys"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "console", "gpus", "measurement", "scheme", "slots", "step"),
-    ("architecture", "digests", "disk", "document", "deploy", "located"),
+    ("errors", "console", "measurement", "scheme", "gpus", "slots", "step"),
+    ("architecture", "digests", "disk", "document", "deploy", "located", "longrope", "relayout"),
     ("store", "overlay", "footprint"),
     ("io", "complaints"),
     ("hubs",),
@@ -159,8 +159,11 @@ def test_files_say_what_they_are_for() -> None:
 PROMISED: dict[str, tuple[str, ...]] = {
     "sources": ("locate", "floats"),
     "datasets": ("READS", "PLACES", "floats"),
-    "methods": ("KIND",),
-    "formats": ("FLOATS", "accepts", "fits", "layout", "pack", "unpack", "config"),
+    "methods": ("KIND", "accepts"),
+    "formats": (
+        *("QUANT_METHOD", "FLOATS", "accepts", "fits", "mixes", "keeps_float", "layout"),
+        *("pack", "unpack", "config", "scheme_of", "schemes_of"),
+    ),
     "archs": ("HANDLES", "TURBOMIND", "EXPECTS", "describe"),
     "checks": ("READS", "LIMITS", "FIXED", "OPTIONAL", "ALWAYS", "measure"),
     "publishers": ("destination", "plan", "publish", "verify", "rollback"),

@@ -17,6 +17,7 @@ from buildsys import gpus
 from buildsys.errors import BuildErrors
 from buildsys.outlook import outlook
 from buildsys.plan import Plan, plan
+from buildsys.scheme import Scheme, Schemes
 from buildsys.step import Need, digest, reads
 from buildsys.store import Store
 from buildsys.workspace import Workspace
@@ -288,8 +289,63 @@ def test_skip_patterns(workspace: Path, patterns: list[str], what: str, fix: str
 
 def test_skip_names_whole_tails(workspace: Path) -> None:
     made = planned(workspace, skip("lm_head", "layers.0.mlp.*"))
-    assert made.quantized.knobs["skip"] == [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    assert made.quantized.knobs["skip"] == [f"model.layers.0.mlp.{name}_proj" for name in ("down", "gate", "up")]
     assert planned(workspace).quantized.knobs["skip"] == []
+
+
+def overridden(*lines: str) -> tuple[tuple[str, str], ...]:
+    """The tiny recipe in a format that holds several schemes, with overrides."""
+    written = f"group_size: 32, symmetric: true, overrides: {{{', '.join(lines)}}}"
+    return (("format: awq", "format: compressed_tensors"), ("group_size: 32", written))
+
+
+def test_overrides_reach_the_linears_that_they_name(workspace: Path) -> None:
+    made = planned(workspace, *overridden('"layers.0.*": {bits: 8}', "down_proj: {group_size: 64, method: rtn}", "o_proj: {skip: true}"))
+    schemes, knobs = made.layers.schemes, made.quantized.knobs
+    assert schemes.of("model.layers.1.mlp.up_proj") == Scheme(4, 32, True)
+    assert schemes.of("model.layers.0.mlp.up_proj") == Scheme(8, 32, True)
+    assert schemes.of("model.layers.0.mlp.down_proj") == Scheme(8, 64, True), "both patterns name it"
+    assert schemes.of("model.layers.1.mlp.down_proj") == Scheme(4, 64, True)
+    assert schemes.of("model.layers.1.self_attn.o_proj") is None
+    assert Schemes.from_json(knobs) == schemes
+    assert {name: said["name"] for name, said in knobs["own_methods"].items()} == {
+        f"model.layers.{layer}.mlp.down_proj": "rtn" for layer in (0, 1)
+    }
+    before = planned(workspace, *overridden("down_proj: {bits: 8}"))
+    after = planned(workspace, *overridden("down_proj: {bits: 4}"))
+    assert {"calibrate", "tokens"}.isdisjoint(kinds_changed(before, after)) and "quantize" in "".join(kinds_changed(before, after))
+
+
+def test_an_override_that_is_later_wins(workspace: Path) -> None:
+    made = planned(workspace, *overridden('"*_proj": {bits: 8, skip: true}', '"mlp.*": {bits: 4, skip: false}'))
+    assert made.layers.schemes.of("model.layers.1.mlp.up_proj") == Scheme(4, 32, True)
+    assert made.layers.schemes.of("model.layers.1.self_attn.q_proj") is None
+
+
+@pytest.mark.parametrize(
+    ("line", "what", "fix"),
+    [
+        ("dwn_proj: {bits: 8}", "quantization.overrides: dwn_proj matches no linear", "model.layers.1.mlp.down_proj or down_proj"),
+        ("q_proj: {bits: 8}", "gives linears that engines fuse different schemes", "name all of q_proj, k_proj, v_proj in one pattern"),
+        ("gate_proj: {skip: true}", "leaves model.layers.0.mlp.gate_proj float", "skip all of gate_proj, up_proj"),
+    ],
+)
+def test_overrides_that_do_not_fit(workspace: Path, line: str, what: str, fix: str) -> None:
+    ((where, said, how),) = refused(workspace, *overridden(line))
+    assert what in said and fix in how and where.startswith("recipes/tiny.yaml:")
+
+
+def test_mixed_bits_are_a_step_that_all_later_ones_read(workspace: Path) -> None:
+    edits = (
+        ("format: awq", "format: compressed_tensors"),
+        ("group_size: 32", "group_size: 32, symmetric: true, mixed: {budget_bits: 5.0, bits: [4, 8]}"),
+    )
+    made = planned(workspace, *edits)
+    (allocate,) = (step for step in made.steps if step.kind == "allocate")
+    assert {need.role for need in allocate.needs} == {"source", "stats", "tokens"}
+    for step in made.steps:
+        if step.kind in ("quantize", "pack", "assemble", "score", "measure"):
+            assert any(need.step == allocate and need.role == "bits" for need in step.needs), step.kind
 
 
 SMALL = gpus.GPU("small", 80, 0.2, 300, 60, "a GPU that does not exist")

@@ -104,6 +104,24 @@ def test_a_path_may_go_through_a_link_inside(tmp_path: Path) -> None:
         ("[awq, gptq]", "[rtn, gptq]", 6, "rounds twice, by rtn and by gptq", "keep one"),
         ("[awq, gptq]", "[awq, awq, gptq]", 6, "names awq twice", "name awq once"),
         ("bits: 4", "bits: 3", 7, "format: awq holds 4-bit codes, quantization.bits is 3", "set bits: 4"),
+        ("bits: 4", "bits: 4\n  overrides: {down_proj: {bits: 8}}", 8, "awq cannot hold 8-bit g128 asymmetric", "set format: comp"),
+        ("bits: 4", "bits: 4\n  overrides: {down_proj: {group_size: 32}}", 8, "format: awq ", "compressed_tensors"),
+        ("bits: 4", "bits: 4\n  overrides: {down_proj: {method: awq}}", 6, "overrides.down_proj.method: awq rescales", "gptq or rtn"),
+        ("bits: 4", "bits: 4\n  number: fp8\n  group_size: -1\n  symmetric: true", 5, "fp8 goes with bits: 8, bits is 4", "set bits: 8"),
+        (
+            "bits: 4",
+            "bits: 8\n  symmetric: true\n  activations: int8",
+            4,
+            "goes with group_size: -1, group_size is 128",
+            "set group_size: -1",
+        ),
+        (
+            "bits: 4",
+            "bits: 8\n  group_size: -1\n  number: fp8",
+            4,
+            "number: fp8 goes with symmetric: true, symmetric is false",
+            "set symmetric",
+        ),
         ("format: awq", "format: awq\ntarget: {gpu: a100}", 8, "a100 is not in the table", "a100-40gb"),
         ("format: awq", "format: awq\ntarget: {gpu: abacus}", 8, "abacus is not in the table", "h200"),
         ("seed: 3", "seed: 1", 9, "verify.seed and calibration.seed are both 1", "set verify.seed: 2"),
@@ -124,3 +142,32 @@ def test_parsing_loads_no_torch() -> None:
     code = "; ".join([*lines, "print('torch' in sys.modules)"])
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     assert found.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("mixed", "what", "fix"),
+    [
+        ("{budget_bits: 4.5, bits: [3, 8]}", "bits is 4, and mixed chooses from 3, 8", "add 4 to mixed.bits"),
+        ("{budget_bits: 9.5, bits: [4, 8]}", "budget_bits is 9.5; bits from 4 to 8 leave nothing to choose", "between 4 and 8"),
+    ],
+)
+def test_budgets_that_choose_nothing(tmp_path: Path, mixed: str, what: str, fix: str) -> None:
+    text = SELF.replace("format: awq", "format: gptq").replace("bits: 4", f"bits: 4\n  mixed: {mixed}")
+    with pytest.raises(BuildErrors) as caught:
+        load(tmp_path, text)
+    assert any(what in error.what and fix in error.fix for error in caught.value.errors)
+
+
+def test_overrides_and_what_they_come_to(tmp_path: Path) -> None:
+    text = SELF.replace("format: awq", "format: compressed_tensors").replace(
+        "bits: 4", "bits: 4\n  symmetric: true\n  overrides:\n    down_proj: {bits: 8}"
+    )
+    recipe = load(tmp_path, text)
+    assert recipe.quantization.kinds == (Scheme(4, 128, True), Scheme(8, 128, True))
+    assert recipe.at("quantization", "overrides", "down_proj") == "recipes/q.yaml:8"
+
+
+def test_fp8_cannot_be_rounded_by_gptq(tmp_path: Path) -> None:
+    fp8 = "bits: 8\n  group_size: -1\n  symmetric: true\n  number: fp8"
+    error = refused(tmp_path, SELF.replace("bits: 4", fp8).replace("format: awq", "format: compressed_tensors"))
+    assert "method gptq" in error.what and "rtn" in error.fix

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,10 @@ from safetensors import safe_open
 
 from buildsys import digests, steps
 from buildsys.errors import BuildError
-from buildsys.formats import awq
+from buildsys.formats import awq, gptq
 from buildsys.io import checkpoint
 from buildsys.plan import Plan, plan
-from buildsys.scheme import Scheme
+from buildsys.scheme import Scheme, Schemes
 from buildsys.step import Request, Resources, Step, reads
 from buildsys.store import Artifact, Store
 from buildsys.survey import describe, survey
@@ -159,6 +161,48 @@ def test_disjoint_refuses_text_that_was_calibrated_on(tmp_path: Path, shift: int
     assert json.loads((tmp_path / "disjoint.json").read_text()) == {"windows": 4, "shared": 0}
 
 
+# allocate
+
+
+def allocate(folder: Path, budget_bits: float) -> tuple[dict[str, Any], Request]:
+    """The step on a small Llama, after the calibration that it reads."""
+    source = models.files(models.tiny_llama(folder / "model"))
+    checkpoint.save(folder / "tokens.safetensors", {"tokens": models.tokens(2, 48)})
+    inputs: dict[str, dict[str, Path]] = {"source": source, "tokens": {"tokens.safetensors": folder / "tokens.safetensors"}}
+    for kind in ("stats", "bits"):
+        (folder / kind).mkdir()
+    steps.run(Request("calibrate", {}, {}, inputs, folder / "stats", Resources(), digests.sha256), quiet)
+    inputs["stats"] = {path.name: path for path in (folder / "stats").iterdir()}
+    schemes = Schemes(Scheme(4, 32), frozenset({"model.layers.1.mlp.down_proj"})).to_json()
+    methods = [{"name": "awq", "version": 1, "knobs": {"ratios": 3}}]
+    knobs = {**schemes, "methods": methods, "mixed": {"budget_bits": budget_bits, "bits": [3, 4, 8]}}
+    request = Request("allocate", knobs, {"where": "recipes/x.yaml:9"}, inputs, folder / "bits", Resources(), digests.sha256)
+    return steps.run(request, quiet), request
+
+
+def test_allocate_writes_schemes_that_the_steps_after_it_read(tmp_path: Path) -> None:
+    facts, request = allocate(tmp_path, 4.9)
+    reader = replace(request, inputs={"bits": {path.name: path for path in request.stage.iterdir()}})
+    a, schemes = describe(json.loads((tmp_path / "model/config.json").read_text()), "config.json")[0], steps.schemes(reader)
+    names = [a.prefix(layer) + linear.name for layer in range(a.layers) for linear in a.linears]
+    found = {name: schemes.of(name) for name in names}
+    assert [name for name, scheme in found.items() if scheme is None] == ["model.layers.1.mlp.down_proj"]
+    assert len({scheme.bits for scheme in found.values() if scheme}) > 1
+    layout = steps.packed_layout(a, gptq, schemes)
+    told = {name: (kind, shape) for name, (kind, shape) in layout.items() if name.endswith((".qweight", ".qzeros", ".scales"))}
+    stored = sum((4 if kind == "I32" else 2) * prod(shape) for kind, shape in told.values())
+    weights = sum(prod(a.block_tensors()[f"{linear.name}.weight"]) for linear in a.linears) * 2 - 256 * 128
+    assert 4.6 < 8 * stored / weights <= 4.9 and facts == {"average_bits": round(8 * stored / weights, 4)}
+    costs = json.loads((request.stage / "bits.json").read_text())
+    assert {name: one["chosen"] for one in costs for name in one["linears"]} == {name: str(found[name]) for name in names if found[name]}
+
+
+def test_allocate_tells_a_budget_that_is_too_small_at_its_own_line(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"takes 3\.5938 bits a weight") as caught:
+        allocate(tmp_path, 3.5)
+    assert caught.value.where == "recipes/x.yaml:9"
+
+
 # pack
 
 
@@ -172,7 +216,7 @@ def test_pack_lays_tensors_in_the_order_of_the_model(done: Any) -> None:
     placed = sorted(header, key=lambda name: header[name]["data_offsets"][0])
     a = made.survey.architecture
     skipped = frozenset({"model.layers.1.feed_forward.w2"})
-    layout = steps.packed_layout(a, awq, Scheme(4, 32), skipped)
+    layout = steps.packed_layout(a, awq, Schemes(Scheme(4, 32), skipped))
     wide_first = sorted(layout, key=lambda name: layout[name][0] != "I32")  # words before halves, so that each lies at its alignment
     assert placed == wide_first
     assert {name: (one["dtype"], tuple(one["shape"])) for name, one in header.items()} == layout
@@ -200,7 +244,7 @@ def test_pack_keeps_what_lies_outside_of_the_blocks(done: Any) -> None:
 
 def test_packed_layout_of_a_tied_model_has_no_head(tmp_path: Path) -> None:
     folder = models.tiny_qwen2(tmp_path)
-    layout = steps.packed_layout(survey(models.files(folder)).architecture, awq, Scheme(4, 128), frozenset())
+    layout = steps.packed_layout(survey(models.files(folder)).architecture, awq, Schemes(Scheme(4, 128)))
     assert "lm_head.weight" not in layout and layout["model.layers.0.self_attn.q_proj.bias"] == ("F16", (128,))
     assert layout["model.layers.0.self_attn.q_proj.scales"] == ("F16", (1, 128))
 
@@ -257,5 +301,5 @@ def test_quantize_says_which_blocks_it_found(done: Any, tmp_path: Path) -> None:
         if name.startswith("block-00000."):
             (tmp_path / name).write_bytes(store.path(finished, name).read_bytes())
     meta = steps.run(Request(step.kind, step.knobs, step.hints, given[step.planned_key], tmp_path, Resources(), store.sha256), quiet)
-    assert meta == {"resumed_blocks": 1}
+    assert meta == {"resumed_blocks": 1, "block_errors": finished.meta["block_errors"]}
     assert {path.name: digests.sha256(path) for path in tmp_path.iterdir()} == {name: file.sha256 for name, file in finished.files.items()}

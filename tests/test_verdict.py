@@ -47,7 +47,8 @@ def measured(plan: Plan, store: Store, found: dict[str, list[Measurement]], erro
         stage = store.stage(key)
         (stage / "output").write_text(key)
         if step is plan.quantized or step == plan.quantized:
-            (stage / "block-00000.errors.json").write_text(json.dumps(errors or {}))
+            notes = {name: {"error": error, "damping": 0.01} for name, error in (errors or {}).items()}
+            (stage / "block-00000.errors.json").write_text(json.dumps(notes))
         if step.planned_key in checks:
             check = checks[step.planned_key]
             said = [asdict(one) for one in found.get(check, clean.get(check, []))]
@@ -154,7 +155,8 @@ def test_worst_layer_reads_every_block(tmp_path: Path) -> None:
     store = Store(tmp_path / "artifacts")
     stage = store.stage("a" * 64)
     for layer, error in enumerate((0.1, 0.4, 0.2)):
-        (stage / f"block-0000{layer}.errors.json").write_text(json.dumps({f"layers.{layer}.q": error, f"layers.{layer}.k": 0.01}))
+        notes = {f"layers.{layer}.q": {"error": error}, f"layers.{layer}.k": {"error": 0.01}, f"layers.{layer}.v": {"stood_in": "rtn"}}
+        (stage / f"block-0000{layer}.errors.json").write_text(json.dumps(notes))
     artifact = store.commit("a" * 64, stage, {})
     assert worst_layer(layer_errors(artifact, store)) == "layers.1.q, relative output error 0.4"
     assert worst_layer(layer_errors(None, store)) == ""

@@ -9,7 +9,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,10 +43,10 @@ def job(tmp_path: Path, name: str = "toy", **knobs: object) -> Job:
     return Job("make", name, digest(made), made, {}, {}, root, heavy=True, device="cpu", threads=3, resumes=True)
 
 
-def run(workers: Workers, asked: Job, progress: Progress | None = None, waits: list[str] | None = None) -> bool:
+def run(workers: Workers, asked: Job, progress: Progress | None = None, waiting: Callable[[str], None] = lambda _: None) -> bool:
     log = Store(Path(asked.root)).log(asked.kind, asked.key)
     heard: Progress = progress if progress is not None else []
-    return workers.run(asked, log, lambda *said: heard.append(said), (waits if waits is not None else []).append)
+    return workers.run(asked, log, lambda *said: heard.append(said), waiting)
 
 
 def log_of(asked: Job) -> str:
@@ -127,14 +127,20 @@ def test_steps_module_that_cannot_be_imported_is_told(tmp_path: Path) -> None:
 
 
 def test_same_step_of_two_drivers_is_built_once(workers: Workers, tmp_path: Path) -> None:
-    asked, waits = job(tmp_path, sleep_s=1.0), list[str]()
+    """The first goes on until the second says that it waits: whoever is slow to start, the step runs while both ask for it."""
+    asked, waits = job(tmp_path, until=str(tmp_path / "waits")), list[str]()
     other = Workers(tmp_path / "artifacts" / ".store", "toy")
     done = []
     thread = threading.Thread(target=lambda: done.append(run(other, asked)))
     thread.start()
     while not (tmp_path / "marks").exists():
         time.sleep(0.01)
-    assert not run(workers, asked, waits=waits)
+
+    def waiting(who: str) -> None:
+        waits.append(who)
+        (tmp_path / "waits").touch()
+
+    assert not run(workers, asked, waiting=waiting)
     thread.join()
     other.end()
     assert done == [True] and len(waits) == 1 and waits[0].startswith("process ")

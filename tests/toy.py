@@ -43,6 +43,8 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     while time.monotonic() - began < knobs.get("sleep_s", 0):
         progress("sleep", int(10 * (time.monotonic() - began)), int(10 * knobs["sleep_s"]))
         time.sleep(0.02)
+    while "until" in knobs and not Path(knobs["until"]).exists() and time.monotonic() - began < 60:
+        time.sleep(0.02)
     FAULTS[knobs.get("fault", "none")]()
     read = [path.read_text() for role in sorted(request.inputs) for path in request.read(role).files.values()]
     for name in knobs.get("files", ["out.txt"]):

@@ -1,7 +1,8 @@
 """Whether the packed model says exactly what the quantize step decided: unpack == codes, scale and zero, to the bit.
 
 A layout can be wrong in a lane and still load; this is where that would show. Norms, biases and other floats of a block are compared
-too: a norm without the scales that were folded into it ruins a model as surely as a wrong code.
+too: a norm without the scales that were folded into it ruins a model as surely as a wrong code. Each linear is read in the scheme that
+its block was quantized in, which has to be the one that config.json will tell.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from buildsys.io.checkpoint import Checkpoint
     from buildsys.quant.linear import QuantizedLinear
 
-VERSION = 1
+VERSION = 2
 READS = ("packed", "blocks")
 LIMITS: dict[str, Limit] = {}
 FIXED: dict[str, tuple[Limit, float]] = {
@@ -38,6 +39,7 @@ def measure(knobs: Knobs, inputs: Mapping[str, Any], context: Any) -> list[Measu
     """How many codes (with scales and zeros) and how many floats differ, with the worst layer of each."""
     from buildsys.io.checkpoint import Checkpoint
     from buildsys.quant.blocks import load_block
+    from buildsys.quant.rows import relay
 
     checkpoint, architecture = Checkpoint(inputs["packed"].files), context.architecture
     codes: dict[str, int] = {}
@@ -46,12 +48,13 @@ def measure(knobs: Knobs, inputs: Mapping[str, Any], context: Any) -> list[Measu
         file, prefix = f"block-{layer:05}.safetensors", architecture.prefix(layer)
         if file not in inputs["blocks"].files:
             raise BuildError(file, f"is not among the {architecture.layers} blocks that quantize writes", "build the recipe again")
-        linears, others = load_block(inputs["blocks"].files[file], context.device)
+        linears, others = relay(context.relayout, *load_block(inputs["blocks"].files[file], context.device))
         for linear in architecture.linears:
             name = prefix + linear.name
-            if linear.name in linears:
-                codes[name] = differing_codes(checkpoint, name, linears[linear.name], context.format)
-            elif name not in context.skipped:
+            found, scheme = linears.get(linear.name), context.schemes.of(name)
+            if found is not None and found.scheme == scheme:
+                codes[name] = differing_codes(checkpoint, name, found, context.format)
+            elif found is not None or scheme is not None:
                 codes[name] = linear.in_features * linear.out_features
         for name, tensor in others.items():
             floats[prefix + name] = differing_floats(checkpoint, prefix + name, tensor)
@@ -67,7 +70,10 @@ def _measured(name: str, unit: str, counts: Mapping[str, int]) -> Measurement:
 
 
 def differing_codes(checkpoint: Checkpoint, name: str, linear: QuantizedLinear, format: Any) -> int:
-    """Codes, scales and zeros of the packed linear that are not the block's; all of them where the packed tensors have another form."""
+    """Codes, scales and zeros of the packed linear that are not the block's; all of them where the packed tensors have another form.
+
+    Where these agree, bytes that do not: a format may store more than they say (shapes, indices), or say it in wider numbers.
+    """
     import torch
 
     out_features, in_features = linear.codes.shape
@@ -80,7 +86,14 @@ def differing_codes(checkpoint: Checkpoint, name: str, linear: QuantizedLinear, 
     found = format.unpack(tensors, linear.scheme)
     scales = found.scale.view(torch.int16), linear.scale.view(torch.int16)  # bits: as numbers -0 equals 0, and NaN nothing
     pairs = ((found.codes, linear.codes), scales, (found.zero, linear.zero))
-    return sum(int((ours != theirs).sum()) for ours, theirs in pairs)
+    count = sum(int((ours != theirs).sum()) for ours, theirs in pairs)
+    return count or sum(_differing_bytes(tensors[part], packed) for part, packed in format.pack(linear).items())
+
+
+def _differing_bytes(one: Tensor, other: Tensor) -> int:
+    import torch
+
+    return int((one.reshape(-1).view(torch.uint8) != other.reshape(-1).view(torch.uint8)).sum())
 
 
 def differing_floats(checkpoint: Checkpoint, name: str, tensor: Tensor) -> int:

@@ -34,21 +34,20 @@ def measure(knobs: Knobs, inputs: Mapping[str, Any], context: Any) -> list[Measu
 
     architecture, kv_cache, target = context.architecture, context.facts["kv_cache"], context.facts.get("target") or {}
     gpu = gpus.lookup(target["gpu"]) if target.get("gpu") else None
-    skipped, policy = context.skipped, kv_cache["policy"]
+    policy = kv_cache["policy"]
     session_len = target.get("session_len") or architecture.max_positions
     if gpu is None:
-        needed = footprint.needed_bytes(architecture, context.scheme, kv_policy=policy, session_len=session_len, skipped=skipped)
+        needed = footprint.needed_bytes(architecture, context.schemes, kv_policy=policy, session_len=session_len)
         return [Measurement.exact("needed_gib", needed / footprint.GIB, "GiB", f"one session of {session_len} tokens; no target GPU named")]
     found = footprint.serving(
         architecture,
-        context.scheme,
+        context.schemes,
         gpu,
         kv_policy=policy,
         max_entry_count=kv_cache["max_entry_count"],
         session_len=session_len,
         max_batch_size=target["max_batch_size"],
         count=target["count"],
-        skipped=skipped,
     )
     fits = f"{found.sessions} sessions of {session_len} tokens, {found.pool_tokens} tokens in the KV pool" if found.fits else found.hint
     where = gpu.name if found.count == 1 else f"each of {found.count} {gpu.name}"

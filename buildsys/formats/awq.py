@@ -1,4 +1,4 @@
-"""AWQ's `gemm` layout: four-bit codes as LMDeploy TurboMind, vLLM, transformers and AutoAWQ read them.
+"""AWQ's `gemm` layout: four-bit codes as LMDeploy (both engines), vLLM, transformers and AutoAWQ read them.
 
 Lin et al. 2023, arXiv:2306.00978; the layout is AutoAWQ's `WQLinear_GEMM`. A linear becomes qweight int32 [in, out/8], qzeros int32
 [in/g, out/8] and scales float16 [in/g, out], transposed from our [out, in]; its bias, if any, stays beside them as float16. Eight codes
@@ -9,11 +9,10 @@ are one less).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, cast, get_args
+from typing import TYPE_CHECKING, Any, Final
 
-from buildsys.errors import BuildError
-from buildsys.scheme import GroupSize, Scheme
-from buildsys.slots import Frozen
+from buildsys.formats import Layout, expect, names_said, one_for_all, weights_alone, weights_said
+from buildsys.scheme import Scheme, Schemes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,19 +21,30 @@ if TYPE_CHECKING:
 
 VERSION = 1
 
+QUANT_METHOD = "awq"
 BITS: Final = 4
 LANES = 8  # codes a word
 FLOATS = "F16"
 """Type of every tensor that stays float: AWQ kernels compute in half precision, and transformers casts the rest to it."""
 
 
-class Knobs(Frozen):
-    """The layout leaves nothing to choose."""
+class Knobs(Layout):
+    """The layout leaves nothing else to choose."""
 
 
 def accepts(scheme: Scheme) -> str | None:
     """Why the format cannot hold a scheme; None where it can. Every group size fits the layout; engines may take fewer."""
-    return None if scheme.bits == BITS else f"holds {BITS}-bit codes, quantization.bits is {scheme.bits}"
+    return weights_alone(scheme) or (None if scheme.bits == BITS else f"holds {BITS}-bit codes, quantization.bits is {scheme.bits}")
+
+
+def mixes(kinds: Sequence[Scheme]) -> str | None:
+    """`quantization_config` has one group_size for all, and says nothing of single layers."""
+    return one_for_all(kinds)
+
+
+def keeps_float(names: Sequence[str]) -> str | None:
+    """Any linear may stay float: TurboMind looks at which tensors are there, the others at `modules_to_not_convert`."""
+    return None
 
 
 def fits(scheme: Scheme, in_features: int, out_features: int) -> str | None:
@@ -80,7 +90,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
     )
 
 
-def config(scheme: Scheme, not_converted: Sequence[str]) -> dict[str, Any]:
+def config(schemes: Schemes, not_converted: Sequence[str]) -> dict[str, Any]:
     """`quantization_config` of config.json. `not_converted`: whole names of the linears that stay float.
 
     zero_point is always true, also where a symmetric scheme fixes every zero at 8: TurboMind refuses a layer without qzeros, and vLLM
@@ -88,9 +98,9 @@ def config(scheme: Scheme, not_converted: Sequence[str]) -> dict[str, Any]:
     expressions from the start (transformers), for which whole names are exact.
     """
     return {
-        "quant_method": "awq",
+        "quant_method": QUANT_METHOD,
         "bits": BITS,
-        "group_size": scheme.group_size,
+        "group_size": schemes.default.group_size,
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": sorted(not_converted) or None,
@@ -98,13 +108,11 @@ def config(scheme: Scheme, not_converted: Sequence[str]) -> dict[str, Any]:
 
 
 def scheme_of(config: Mapping[str, Any]) -> Scheme:
-    """The scheme that a model's `quantization_config` tells: the inverse of `config`, except that it cannot tell symmetric zeros."""
-    for key, wanted in (("quant_method", "awq"), ("version", "gemm"), ("bits", BITS)):
-        if config.get(key) != wanted:
-            what = f"quantization_config.{key} is {config.get(key)!r}, format awq has {wanted!r}"
-            raise BuildError("config.json", what, "give a model that was stored in AWQ's gemm layout")
-    group_size = config.get("group_size")
-    if group_size not in get_args(GroupSize):
-        what = f"quantization_config.group_size is {group_size!r}; known are {', '.join(map(str, get_args(GroupSize)))}"
-        raise BuildError("config.json", what, "give a model with one of these group sizes")
-    return Scheme(BITS, cast(GroupSize, group_size))
+    """The scheme that a model's `quantization_config` tells; whether every zero is 8 it cannot tell."""
+    expect(config, quant_method=QUANT_METHOD, version="gemm", bits=BITS)
+    return weights_said(config, "bits", symmetric=False)
+
+
+def schemes_of(config: Mapping[str, Any]) -> Schemes:
+    """The inverse of `config`. Other writers' models may give parts of names."""
+    return Schemes(scheme_of(config), names_said(config, "modules_to_not_convert"))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -148,6 +150,10 @@ class Writer:
             self._places |= {name: (file, entry) for name, entry in header.tensors.items()}
             _start(_partial(folder / file), prefix, header.tensors.values())
         self._order = tuple(layout)
+        self._left = dict(zip(self._names, map(len, groups), strict=True))  # tensors of each file that are still to come
+        self._counting = threading.Lock()
+        self._syncing = ThreadPoolExecutor(1)
+        self._synced: list[Future[None]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor at its place; its type and shape must be the layout's."""
@@ -155,13 +161,20 @@ class Writer:
         if name in self._added:
             raise ValueError(f"{name} was written before")
         _write_tensor(_partial(self._folder / file), name, entry, tensor)
-        self._added.add(name)
+        with self._counting:
+            self._added.add(name)
+            self._left[file] -= 1
+            if not self._left[file]:  # a disk takes its time: it begins with what is complete while the rest is made
+                self._synced.append(self._syncing.submit(_sync, _partial(self._folder / file)))
 
     def close(self) -> list[str]:
         """Make the files appear, durable and complete; their names, with the index last where there are several."""
         missing = [name for name in self._order if name not in self._added]
         if missing:
             raise ValueError(f"{len(missing)} tensors were never written: {', '.join(missing[:3])}")
+        self._syncing.shutdown()
+        for done in self._synced:
+            done.result()
         for file in self._names:
             _appear(self._folder / file)
         if len(self._names) == 1:
@@ -230,11 +243,15 @@ def _write_tensor(partial: Path, name: str, entry: Entry, tensor: Tensor) -> Non
 def _appear(path: Path) -> None:
     """Rename a finished partial file to its name; both survive a loss of power."""
     partial = _partial(path)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    _sync(partial)
     partial.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,10 +1,14 @@
 """AWQ: scale salient input channels up before rounding (Lin et al., arXiv:2306.00978, section 3.2, eq. 4-5).
 
-The ratio is searched on the calibration Gram matrix instead of by forward passes: the squared output error of rounding is tr(E G E^T).
+A channel's scale is (its mean |x|)^a / (the length of its column of weights)^b. The paper has b = 0; with b, a channel that is loud because
+its weights are small, as outlier channels are, can be brought back whole. Both exponents are searched on the calibration Gram matrix
+instead of by forward passes: the squared output error of rounding is tr(E G E^T).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import product
 from math import inf, isfinite
 from typing import TYPE_CHECKING
 
@@ -18,12 +22,24 @@ if TYPE_CHECKING:
     from buildsys.quant.observe import SiteStats
     from buildsys.scheme import Scheme
 
-VERSION = 1
+VERSION = 2
 KIND = "rescale"
+
+COARSE = 4  # steps from 0 to 1 that are tried first, of both exponents
+FLOOR = 1e-4  # of the mean length: a column of zeros must not spread the scales beyond what float16 holds
+
+Exponents = tuple[float, float]  # of activations, of weights
 
 
 class Knobs(Frozen):
-    ratios: int = Field(20, ge=2, le=100, description="steps of the search for the exponent of the activation scale, from 0 to 1")
+    ratios: int = Field(
+        20, ge=2, le=100, description="the exponents of activations and of weights, from 0 to 1, are searched down to steps of 1/ratios"
+    )
+
+
+def accepts(scheme: Scheme) -> str | None:
+    """Why the method cannot work in a scheme, or None: it can in every one."""
+    return None
 
 
 def rescale(weights: list[Tensor], stats: SiteStats, tied: Tensor | None, scheme: Scheme, knobs: Knobs) -> Tensor:
@@ -32,12 +48,38 @@ def rescale(weights: list[Tensor], stats: SiteStats, tied: Tensor | None, scheme
 
     from buildsys.quant.search import rounding_errors
 
-    absmean = stats.absmean
-    if tied is not None:
-        shared = torch.zeros(int(tied.max()) + 1, device=absmean.device).index_add_(0, tied.to(absmean.device), absmean)
-        absmean = shared[tied.to(absmean.device)] / (len(tied) / len(shared))
-    scales = torch.stack([absmean.clamp(min=1e-4).pow(step / knobs.ratios) for step in range(knobs.ratios + 1)])
-    scales = scales / (scales.amax(1, keepdim=True) * scales.amin(1, keepdim=True)).sqrt()
-    errors = rounding_errors(weights, stats, scales, scheme)
-    # The first is all ones: it stays where an overflow leaves no number to compare.
-    return scales[min(range(len(errors)), key=lambda at: errors[at] if isfinite(errors[at]) else inf)]
+    loud = _shared(stats.absmean, tied).clamp(min=1e-4)
+    lengths = torch.stack([torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32) for weight in weights])  # [weights, in]
+    heavy = _shared(lengths.square().sum(0), tied).sqrt()
+    heavy = heavy.clamp(min=max(float(heavy.mean()) * FLOOR, torch.finfo(heavy.dtype).tiny))
+
+    def scale(at: Exponents) -> Tensor:
+        raw = loud.pow(at[0]) / heavy.pow(at[1])
+        return raw / (raw.amax() * raw.amin()).sqrt()
+
+    errors: dict[Exponents, float] = {}
+    step, best = 1 / COARSE, (0.0, 0.0)  # all ones: it stays where an overflow leaves no number to compare
+    grid = [at * step for at in range(COARSE + 1)]
+    tried: Iterable[Exponents] = product(grid, grid)
+    while new := [at for at in tried if at not in errors]:
+        found = rounding_errors(weights, stats, torch.stack([scale(at) for at in new]), scheme)
+        errors |= {at: error if isfinite(error) else inf for at, error in zip(new, found, strict=True)}
+        best = min(errors, key=errors.__getitem__)
+        step /= 2
+        tried = _around(best, step) if step >= 1 / knobs.ratios else ()
+    return scale(best)
+
+
+def _around(at: Exponents, step: float) -> list[Exponents]:
+    """The neighbours of a pair of exponents, none below 0 or above 1."""
+    a, b = ([value for value in (one - step, one, one + step) if 0 <= value <= 1] for one in at)
+    return list(product(a, b))
+
+
+def _shared(values: Tensor, tied: Tensor | None) -> Tensor:  # [in] -> [in]
+    """The mean of each set of tied channels, at each of them."""
+    if tied is None:
+        return values
+    tied = tied.to(values.device)
+    sums = values.new_zeros(int(tied.max()) + 1).index_add_(0, tied, values)
+    return sums[tied] / (len(tied) / len(sums))

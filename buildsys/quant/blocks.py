@@ -25,7 +25,7 @@ _PARTS = ("codes", "scale", "zero")
 
 @dataclass(frozen=True)
 class Packed:
-    """A block as its file holds it, in host memory."""
+    """A block as its file holds it, on the device that made it: saving brings it to the host."""
 
     tensors: Mapping[str, Tensor]
     notes: Mapping[str, str]
@@ -36,18 +36,16 @@ class Packed:
 
 
 def packed(linears: Mapping[str, QuantizedLinear], floats: Mapping[str, Tensor]) -> Packed:
-    """A block's tensors, packed where they are and then brought to the host. Names are as in the block (`self_attn.q_proj`,
-    `input_layernorm.weight`)."""
+    """A block's tensors, packed where they are. Names are as in the block (`self_attn.q_proj`, `input_layernorm.weight`)."""
     tensors: dict[str, Tensor] = {}
     for name, linear in linears.items():
         parts = (pack_dense(linear.codes, linear.scheme.bits), linear.scale, linear.zero)
-        tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in zip(_PARTS, parts, strict=True)}
+        tensors |= {f"{name}.{part}": tensor for part, tensor in zip(_PARTS, parts, strict=True)}
     if clash := sorted(tensors.keys() & floats.keys()):
         raise ValueError(f"a float tensor has the name of a part of a linear: {clash[0]}")
     # Widths stand beside the scheme: three codes in three bytes pack like eight.
     note = {name: [dataclasses.asdict(linear.scheme), linear.codes.shape[1]] for name, linear in linears.items()}
-    held = {name: tensor.cpu() for name, tensor in floats.items()}
-    return Packed(tensors | held, {_NOTE: json.dumps(note, sort_keys=True)})
+    return Packed({**tensors, **floats}, {_NOTE: json.dumps(note, sort_keys=True)})
 
 
 def save_block(path: Path, linears: Mapping[str, QuantizedLinear], floats: Mapping[str, Tensor]) -> None:

@@ -7,6 +7,9 @@ plane, which gives GPTQ's codes for the opposite order. One Cholesky factor is e
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -14,56 +17,109 @@ from buildsys.errors import BuildError
 from buildsys.quant.grid import Grid
 
 BLOCK = 128  # columns whose errors are applied together
+STRIP = 16  # of them, those that a CPU applies one by one
 
 
-def unit_factor(gram: Tensor, damping: float) -> Tensor:  # [in, in] -> upper triangular [in, in], ones on its diagonal
-    """R with each row divided by its diagonal; `gram` is used up. Damping grows tenfold while H is too near singular to factor."""
+@dataclass(frozen=True)
+class Curvature:
+    """H = gram + diag(added): what an error of the weights costs. `damping` is the share of the mean diagonal that had to be added before
+    H could be factored; `unseen` counts the input channels that were zero in every token."""
+
+    gram: Tensor  # [in, in]
+    added: Tensor  # [in]
+    damping: float
+    unseen: int
+
+    def within(self, columns: slice) -> Tensor:  # -> [columns, columns]
+        """H between these columns."""
+        return self.gram[columns, columns] + self.added[columns].diag()
+
+    def gradient(self, columns: slice, errors: Tensor) -> Tensor:  # [in, out] -> [columns, out]
+        """H E^T at these columns."""
+        return torch.addcmul(self.gram[columns] @ errors, self.added[columns, None], errors[columns])
+
+
+@dataclass(frozen=True)
+class Factored:
+    """`h` ready to round by: the `order` [in] of columns, the last of which is rounded first, and in it the unit `factor` [in, in]."""
+
+    h: Curvature
+    order: Tensor
+    factor: Tensor
+
+    def to(self, device: torch.device | str) -> Factored:
+        h = replace(self.h, gram=self.h.gram.to(device), added=self.h.added.to(device))
+        return Factored(h, self.order.to(device), self.factor.to(device))
+
+
+def unit_factor(gram: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:  # [in, in] -> upper triangular [in, in], [in], damping
+    """R of H = R^T R with each row divided by its diagonal, what was added to the diagonal of `gram` (which is used up), and the damping.
+
+    Damping grows tenfold while H is too near singular to factor."""
     if not bool(torch.isfinite(gram).all()):  # no damping mends it
         fix = "look whether the model computes in float32 at all; skip this layer"
         raise BuildError("quantize", "activations of the calibration text are NaN or infinite", fix)
     diagonal = gram.diagonal().clone()
     mean = diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
     while True:
-        gram.diagonal().copy_(diagonal + torch.where(diagonal > 0, damping * mean, mean))  # a channel never seen is rounded to nearest
+        added = torch.where(diagonal > 0, damping * mean, mean)  # a channel never seen is rounded to nearest
+        gram.diagonal().copy_(diagonal + added)
         lower, failed = torch.linalg.cholesky_ex(gram)
         if not failed:
-            factor: Tensor = lower.div_(lower.diagonal().clone()).t()
-            return factor
+            return lower.div_(lower.diagonal().clone()).t(), added, damping
         damping *= 10
 
 
-def compensated(weight: Tensor, gram: Tensor, grid: Grid, damping: float, activation_order: bool) -> Tensor:  # -> float codes [out, in]
-    """Rounds `weight` [out, in] to `grid`, each column where the errors of those rounded before it leave it."""
-    in_features = weight.shape[1]
-    order = torch.arange(in_features - 1, -1, -1, device=weight.device)  # the last is rounded first
+def factored(gram: Tensor, damping: float, activation_order: bool) -> Factored:
+    """The part of rounding that all rows share; `gram` [in, in] is left alone."""
+    order = torch.arange(len(gram) - 1, -1, -1, device=gram.device)
     if activation_order:
         order = torch.argsort(gram.diagonal(), descending=True, stable=True).flip(0)
-    factor = unit_factor(gram[order][:, order], damping)  # indexing makes a copy
-    group = order // grid.scheme.group(in_features)
+    factor, added, damping = unit_factor(gram[order][:, order], damping)  # indexing makes a copy
+    unseen = int((gram.diagonal() <= 0).sum())
+    return Factored(Curvature(gram, torch.empty_like(added).index_copy_(0, order, added), damping, unseen), order, factor)
+
+
+def compensated(weight: Tensor, by: Factored, grid: Grid) -> Tensor:  # -> float codes [out, in]
+    """Codes of `weight` [out, in] on `grid`, each column rounded where the errors of those before it leave it."""
+    order, factor, solver = by.order, by.factor, fast(weight)
+    group = order // grid.scheme.group(weight.shape[1])
     scale, zero = grid.scale.t().contiguous(), grid.zero.t().contiguous()  # [groups, out]: a column is a contiguous row
     wanted = weight.t()[order].contiguous()  # [in, out]
     codes, errors = torch.empty_like(wanted), torch.empty_like(wanted)
-    for stop in range(in_features, 0, -BLOCK):
-        now = slice(max(stop - BLOCK, 0), stop)
+    size, solve = (BLOCK, round_block) if solver is None else (solver.BLOCK, solver.round_block)
+    for stop in range(len(order), 0, -size):
+        now = slice(max(stop - size, 0), stop)
         target = torch.addmm(wanted[now], factor[now, stop:], errors[stop:])
-        _round_block(target, wanted[now], factor[now, now], group[now], scale, zero, codes[now], errors[now], grid.scheme.top)
-    del factor, wanted, errors, target  # each as large as the weight, or larger
+        solve(target, wanted[now], factor[now, now], group[now], scale, zero, codes[now], errors[now], grid.scheme.top)
+    del wanted, errors, target  # each as large as the weight, or larger
     back = torch.empty_like(weight)
     back[:, order] = codes.t()
     return back
 
 
-def _round_block(
+def fast(weight: Tensor) -> ModuleType | None:
+    """The kernels, where there are some that take this matrix."""
+    if not weight.is_cuda:
+        return None
+    from buildsys.quant import kernels
+
+    return kernels if kernels.solvable(weight) else None
+
+
+def round_block(
     target: Tensor, wanted: Tensor, factor: Tensor, group: Tensor, scale: Tensor, zero: Tensor, codes: Tensor, errors: Tensor, top: int
 ) -> None:
     """Rounds the columns (rows of `target`, which is used up) from the last to the first; writes `codes` and `errors`."""
-    if target.is_cuda and target.dtype == torch.float32:
-        from buildsys.quant import kernels
-
-        kernels.round_block(target, wanted, factor, group, scale, zero, codes, errors, top)
-        return
-    scale, zero = scale[group], zero[group]
-    for column in range(target.shape[0] - 1, -1, -1):
-        codes[column] = (torch.round(target[column] / scale[column]) + zero[column]).clamp_(0, top)
-        errors[column] = wanted[column] - (codes[column] - zero[column]) * scale[column]
-        target[:column] += factor[:column, column, None] * errors[column]
+    each = zip(*(part.unbind() for part in (target, wanted, scale[group], zero[group], codes, errors)), strict=True)
+    columns = list(each)  # views: to take one costs as much as to compute with it
+    for stop in range(target.shape[0], 0, -STRIP):
+        start = max(stop - STRIP, 0)
+        for column in range(stop - 1, start - 1, -1):
+            aim, want, size, middle, code, error = columns[column]
+            torch.div(aim, size, out=code).round_().add_(middle).clamp_(0, top)
+            torch.sub(code, middle, out=error).mul_(size)
+            torch.sub(want, error, out=error)
+            if column > start:
+                target[start:column].addr_(factor[start:column, column], error)
+        target[:start].addmm_(factor[:start, start:stop], errors[start:stop])

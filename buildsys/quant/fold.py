@@ -23,7 +23,10 @@ def tied_channels(architecture: Architecture, site: Site) -> Tensor | None:  # -
 
 def fold(architecture: Architecture, weights: Mapping[str, Tensor], site: Site, scale: Tensor) -> dict[str, Tensor]:
     """The tensors of a block that change when the inputs at `site` are divided by `scale` [in] and its readers multiplied by it."""
-    changed = {f"{linear.name}.weight": weights[f"{linear.name}.weight"] * scale for linear in architecture.at(site)}
+    readers = [f"{linear.name}.weight" for linear in architecture.at(site)]
+    if site == "mlp_in" and architecture.experts is not None:
+        readers.append(architecture.experts.router)
+    changed = {name: weights[name] * scale for name in readers}
     if site in ("attn_in", "mlp_in"):
         norm = architecture.attn_norm if site == "attn_in" else architecture.mlp_norm
         return changed | {norm: weights[norm] / scale}
@@ -38,14 +41,18 @@ def fold(architecture: Architecture, weights: Mapping[str, Tensor], site: Site, 
 def _writer(architecture: Architecture, site: Site, scale: Tensor) -> tuple[str, Tensor, Tensor]:
     """Which linear's rows write what is read at `site`, which of its rows, and what each is divided by."""
     a = architecture
-    if site == "down_in":
-        up = next(linear for linear in a.linears if linear.role == "up")
-        return up.name, torch.arange(up.out_features), scale
+    if site.startswith("down_in"):
+        expert = a.at(site)[0].expert
+        up = a.linear("up", expert) or a.linear("gate_up")
+        assert up is not None
+        return up.name, torch.arange(up.out_features)[-len(scale) :], scale  # of a fused matrix the lower half
     group = a.heads // a.kv_heads
     per_value = scale.view(a.kv_heads, group, a.head_dim)[:, 0].flatten()  # equal within a group: see tied_channels
-    fused = next((linear for linear in a.linears if linear.role == "qkv"), None)
-    if fused is not None:
-        rows = torch.arange(fused.out_features).view(a.kv_heads, group + 2, a.head_dim)[:, -1].flatten()
-        return fused.name, rows, per_value
-    value = next(linear for linear in a.linears if linear.role == "v")
-    return value.name, torch.arange(value.out_features), per_value
+    value = a.linear("v") or a.linear("qkv")
+    assert value is not None
+    rows = torch.arange(value.out_features)
+    if value.role == "v":
+        return value.name, rows, per_value
+    if a.qkv_rows == "stacked":
+        return value.name, rows[-len(per_value) :], per_value
+    return value.name, rows.view(a.kv_heads, group + 2, a.head_dim)[:, -1].flatten(), per_value

@@ -16,11 +16,15 @@ from buildsys.scheme import Scheme
 
 SHRINKS = tuple(1.0 - 0.02 * step for step in range(26))  # 1.00, 0.98 … 0.50 of the min-max range
 SMALLEST_SCALE = 2.0**-14  # the least normal float16: below it a kernel may flush to zero
+TILE = 1 << 16  # weights that are tried on every grid while a processor's cache holds them
+FP8_MAX = 448.0  # of e4m3: arXiv:2209.05433, table 1
 
 
 @dataclass(frozen=True)
 class Grid:
-    """scale: float32 [out, groups], each a float16 number; zero: float32 [out, groups], each a whole number of codes."""
+    """scale: float32 [out, groups], each a float16 number; zero: float32 [out, groups], each a whole number of codes.
+
+    A float code is a code as a float32, so that it may be computed with; of fp8 it is the number itself."""
 
     scale: Tensor
     zero: Tensor
@@ -33,6 +37,8 @@ class Grid:
     def round(self, weight: Tensor) -> Tensor:  # [out, in] -> float codes [out, in]
         """The nearest codes."""
         scale, zero = self.spread(weight.shape[1])
+        if self.scheme.number == "fp8":
+            return (weight / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()
         return (torch.round(weight / scale) + zero).clamp_(0, self.scheme.top)
 
     def dequantize(self, codes: Tensor) -> Tensor:  # float codes [out, in] -> [out, in]
@@ -40,15 +46,24 @@ class Grid:
         return (codes - zero) * scale
 
     def linear(self, codes: Tensor) -> QuantizedLinear:  # float codes [out, in]
-        return QuantizedLinear(codes.to(torch.uint8), self.scale.half(), self.zero.to(torch.uint8), self.scheme)
+        stored = codes.to(torch.float8_e4m3fn).view(torch.uint8) if self.scheme.number == "fp8" else codes.to(torch.uint8)
+        return QuantizedLinear(stored, self.scale.half(), self.zero.to(torch.uint8), self.scheme)
 
 
 def min_max(weight: Tensor, scheme: Scheme, shrink: float | Tensor = 1.0) -> Grid:
     """The grid that just covers `weight` [out, in] and zero, its range multiplied by `shrink` (a number, or [out, groups])."""
     by_group = torch.unflatten(weight, 1, (-1, scheme.group(weight.shape[1])))
-    low, high = by_group.amin(2).clamp(max=0) * shrink, by_group.amax(2).clamp(min=0) * shrink
-    both = torch.maximum(high / (scheme.top - scheme.middle), -low / scheme.middle)
-    scale = both if scheme.symmetric else (high - low) / scheme.top
+    return _covering(by_group.amin(2).clamp(max=0) * shrink, by_group.amax(2).clamp(min=0) * shrink, scheme)
+
+
+def _covering(low: Tensor, high: Tensor, scheme: Scheme) -> Grid:
+    """The grid from `low` to `high`, [out, groups] each."""
+    if scheme.number == "fp8":
+        scale = torch.maximum(high, -low) / FP8_MAX
+    elif scheme.symmetric:
+        scale = torch.maximum(high / (scheme.top - scheme.middle), -low / scheme.middle)
+    else:
+        scale = (high - low) / scheme.top
     # Rounded before any code is chosen, so that codes answer to the scale that is stored.
     scale = scale.half().float().clamp(min=SMALLEST_SCALE)
     zero = torch.full_like(scale, float(scheme.middle)) if scheme.symmetric else torch.round(-low / scale).clamp(0, scheme.top)
@@ -63,12 +78,24 @@ def least_error(weight: Tensor, scheme: Scheme, importance: Tensor) -> Grid:
 
         if kernels.searchable(scheme, weight.shape[1]):
             return min_max(weight, scheme, kernels.least_error_shrinks(weight.contiguous(), scheme, importance.contiguous(), SHRINKS))
-    best_error = torch.full((weight.shape[0], scheme.groups(weight.shape[1])), torch.inf, device=weight.device)
-    best = torch.ones_like(best_error)
+    rows = max(TILE // weight.shape[1], 1)
+    shrinks = torch.cat([_best_shrink(torch.unflatten(tile, 1, (-1, group)), scheme, importance) for tile in torch.split(weight, rows)])
+    return min_max(weight, scheme, shrinks)
+
+
+def _best_shrink(tile: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:  # [out, groups, group] -> [out, groups]
+    """The shrink of least error of each group of a tile, which a processor's cache holds with what is made of it."""
+    low, high, weights = tile.amin(2).clamp(max=0), tile.amax(2).clamp(min=0), importance.view(tile.shape[1:])
+    best_error, best, codes = torch.full_like(low, torch.inf), torch.ones_like(low), torch.empty_like(tile)
     for shrink in SHRINKS:
-        grid = min_max(weight, scheme, shrink)
-        squares = (grid.dequantize(grid.round(weight)) - weight).square_().mul_(importance)
-        error = torch.unflatten(squares, 1, (-1, group)).sum(2)
+        grid = _covering(low * shrink, high * shrink, scheme)
+        scale, zero = grid.scale[..., None], grid.zero[..., None]
+        torch.div(tile, scale, out=codes)
+        if scheme.number == "fp8":
+            codes.copy_(codes.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn))
+        else:
+            codes.round_().add_(zero).clamp_(0, scheme.top).sub_(zero)
+        error = codes.mul_(scale).sub_(tile).square_().mul_(weights).sum(2)
         better = error < best_error
-        best_error, best = torch.where(better, error, best_error), torch.where(better, torch.full_like(best, shrink), best)
-    return min_max(weight, scheme, best)
+        best_error, best = torch.where(better, error, best_error), best.masked_fill_(better, shrink)
+    return best

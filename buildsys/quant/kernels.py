@@ -13,50 +13,142 @@ from triton.language.extra import libdevice
 
 from buildsys.scheme import Scheme
 
-COLUMNS = 32  # outputs that one program of `round_block` carries through its 128 steps
+BLOCK = 512  # input channels that a launch of the solvers takes; errors of all others reach it by one product
+MANY = 4224  # outputs from which on the solvers' programs take more of them
 ROWS = 32  # outputs in a tile of the searches
 CHANNELS = 128  # input channels in a tile of the searches: a Gram block
 
 
 def searchable(scheme: Scheme, in_features: int) -> bool:
-    """Whether the searches here hold the scheme: groups have to lie inside a tile."""
+    """Whether the searches here hold the scheme: groups have to lie inside a tile, and codes are whole numbers."""
     group = scheme.group(in_features)
-    return group <= CHANNELS and CHANNELS % group == 0 and in_features % CHANNELS == 0
+    return scheme.number == "int" and group <= CHANNELS and CHANNELS % group == 0 and in_features % CHANNELS == 0
+
+
+def solvable(weight: Tensor) -> bool:
+    """Whether `round_block` and `refine_block` take a matrix [out, in]."""
+    return weight.is_cuda and weight.dtype == torch.float32 and weight.shape[1] % CHANNELS == 0
+
+
+def _shape(outs: int) -> dict[str, int]:
+    """How many outputs a program of the solvers has, and how many input channels' errors it weighs at a time: few outputs, so that there is
+    a program for every processor, or more, so that H is read less often. Measured on an H200."""
+    few = outs <= MANY
+    return {"WIDTH": 16 if few else 32, "DEPTH": 64 if few else 32, "num_warps": 4}
 
 
 def round_block(
     target: Tensor, wanted: Tensor, factor: Tensor, group: Tensor, scale: Tensor, zero: Tensor, codes: Tensor, errors: Tensor, top: int
 ) -> None:
-    """compensate._round_block on a GPU: a program keeps its outputs' whole block in registers. float32; `factor` [block, block], `group`
-    [block], scale and zero [groups, out], the others [block, out]."""
-    rows, outs = target.shape
-    grid = (triton.cdiv(outs, COLUMNS),)
-    _round_block[grid](
-        target, wanted, factor, factor.stride(0), factor.stride(1), group, scale, zero, codes, errors, rows, outs, float(top),
-        BLOCK=triton.next_power_of_2(rows), WIDTH=COLUMNS, num_warps=4,
+    """compensate.round_block on a GPU: rows of a weight do not know of one another, so a program takes a few of them through all columns
+    of the block, CHANNELS of them at a time in registers. float32; `factor` [block, block], `group` [block], scale and zero [groups, out],
+    the others [block, out]."""
+    ins, outs = target.shape
+    shape = _shape(outs)
+    _round_block[(triton.cdiv(outs, shape["WIDTH"]),)](
+        target, wanted, factor, factor.stride(0), factor.stride(1), group, scale, zero, codes, errors, ins, outs, float(top),
+        BLOCK=CHANNELS, **shape,
     )  # fmt: skip
 
 
 @triton.jit
+def _rounded(value, size, middle, top):  # type: ignore[no-untyped-def]
+    return tl.minimum(tl.maximum(libdevice.rint(tl.div_rn(value, size)) + middle, 0.0), top)
+
+
+@triton.jit
 def _round_block(  # type: ignore[no-untyped-def]
-    target, wanted, factor, down, right, group, scale, zero, codes, errors, rows, outs, top, BLOCK: tl.constexpr, WIDTH: tl.constexpr
-):
-    column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    row = tl.arange(0, BLOCK)
+    target, wanted, factor, down, right, group, scale, zero, codes, errors, ins, outs, top,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    column = (tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
     inside = column < outs
-    tile = tl.load(target + row[:, None] * outs + column[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0)
-    for step in range(rows):
-        at = rows - 1 - step
-        value = tl.sum(tl.where((row == at)[:, None], tile, 0.0), 0)
-        here = tl.load(group + at) * outs + column
-        size = tl.load(scale + here, mask=inside, other=1.0)
-        middle = tl.load(zero + here, mask=inside, other=0.0)
-        code = tl.minimum(tl.maximum(libdevice.rint(tl.div_rn(value, size)) + middle, 0.0), top)
-        error = tl.load(wanted + at * outs + column, mask=inside, other=0.0) - (code - middle) * size
-        tl.store(codes + at * outs + column, code, mask=inside)
-        tl.store(errors + at * outs + column, error, mask=inside)
-        above = tl.load(factor + row * down + at * right, mask=row < at, other=0.0)
-        tile += above[:, None] * error[None, :]
+    row, depth = tl.arange(0, BLOCK).to(tl.int64), tl.arange(0, DEPTH).to(tl.int64)
+    for done in range(ins // BLOCK):
+        first = ins - (done + 1) * BLOCK
+        tile = tl.load(target + (first + row)[:, None] * outs + column[None, :], mask=inside[None, :], other=0.0)
+        for start in range(first + BLOCK, ins, DEPTH):  # what the errors of the channels after these leave to these
+            share = tl.load(factor + (first + row)[:, None] * down + (start + depth)[None, :] * right)
+            error = tl.load(errors + (start + depth)[:, None] * outs + column[None, :], mask=inside[None, :], other=0.0)
+            tile = tl.dot(share, error, tile, input_precision="tf32")
+        for step in range(BLOCK):
+            at = BLOCK - 1 - step
+            value = tl.sum(tl.where((row == at)[:, None], tile, 0.0), 0)
+            here = tl.load(group + first + at) * outs + column
+            size = tl.load(scale + here, mask=inside, other=1.0)
+            middle = tl.load(zero + here, mask=inside, other=0.0)
+            code = _rounded(value, size, middle, top)
+            error = tl.load(wanted + (first + at) * outs + column, mask=inside, other=0.0) - (code - middle) * size
+            tl.store(codes + (first + at) * outs + column, code, mask=inside)
+            tl.store(errors + (first + at) * outs + column, error, mask=inside)
+            above = tl.load(factor + (first + row) * down + (first + at) * right, mask=row < at, other=0.0)
+            tile += above[:, None] * error[None, :]
+        tl.debug_barrier()  # the errors are read by other threads than wrote them
+
+
+def refine_block(
+    gram: Tensor, added: Tensor, gradient: Tensor, scale: Tensor, zero: Tensor, centered: Tensor, errors: Tensor, top: int, least: float
+) -> None:
+    """One sweep of refine.refined over a block of whole groups. H of the block is `gram` [block, block] with `added` [block] on its
+    diagonal, `gradient` [block, out] is H E^T before it; scale and zero [groups, out], `centered` codes and `errors` [block, out].
+    Updates scale, centered and errors."""
+    ins, outs = centered.shape
+    shape = _shape(outs)
+    _refine_block[(triton.cdiv(outs, shape["WIDTH"]),)](
+        gram, gram.stride(0), added, gradient, scale, zero, centered, errors, torch.empty_like(errors), ins, outs, float(top), least,
+        GROUP=ins // len(scale), **shape,
+    )  # fmt: skip
+
+
+@triton.jit
+def _refine_block(  # type: ignore[no-untyped-def]
+    gram, down, added, gradient, scale, zero, centered, errors, moved, ins, outs, top, least,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    column = (tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
+    inside = column < outs
+    row, depth = tl.arange(0, GROUP).to(tl.int64), tl.arange(0, DEPTH).to(tl.int64)
+    for done in range(ins // GROUP):
+        here = ins // GROUP - 1 - done
+        first = here * GROUP
+        place = (first + row)[:, None] * outs + column[None, :]
+        slope = tl.load(gradient + place, mask=inside[None, :], other=0.0)
+        for start in range(first + GROUP, ins, DEPTH):  # what has changed since `gradient` was taken
+            moments = tl.load(
+                gram + (first + row)[:, None] * down + (start + depth)[None, :], mask=(start + depth)[None, :] < ins, other=0.0
+            )
+            seen = inside[None, :] & ((start + depth)[:, None] < ins)
+            change = tl.load(moved + (start + depth)[:, None] * outs + column[None, :], mask=seen, other=0.0)
+            slope = tl.dot(moments, change, slope, input_precision="tf32")
+        extra = tl.load(added + first + row)
+        codes = tl.load(centered + place, mask=inside[None, :], other=0.0)
+        within = tl.load(gram + (first + row)[:, None] * down + (first + row)[None, :])
+        within += tl.where(row[:, None] == row[None, :], extra[:, None], 0.0)
+        pull = tl.dot(within, codes, input_precision="tf32")
+        curvature = tl.sum(codes * pull, 0)
+        size = tl.load(scale + here * outs + column, mask=inside, other=1.0)
+        better = (size + tl.sum(codes * slope, 0) / curvature).to(tl.float16).to(tl.float32)
+        better = tl.where((curvature > 0) & (better >= least) & (better < 65505.0), better, size)  # neither too small, Inf nor NaN
+        slope -= pull * (better - size)[None, :]
+        change = -codes * (better - size)[None, :]
+        tl.store(scale + here * outs + column, better, mask=inside)
+        middle = tl.load(zero + here * outs + column, mask=inside, other=0.0)
+        diagonal = tl.load(gram + (first + row) * down + first + row) + extra
+        held = codes * better[None, :]
+        tile = held + slope / diagonal[:, None]
+        for step in range(GROUP):
+            at = GROUP - 1 - step
+            this = (row == at)[:, None]
+            code = _rounded(tl.sum(tl.where(this, tile, 0.0), 0), better, middle, top) - middle
+            off = tl.sum(tl.where(this, held, 0.0), 0) - code * better
+            above = tl.load(gram + (first + row) * down + first + at, mask=row < at, other=0.0) / diagonal
+            tile += above[:, None] * off[None, :]
+            change += tl.where(this, off[None, :], 0.0)
+            codes = tl.where(this, code[None, :], codes)
+        tl.store(moved + place, change, mask=inside[None, :])
+        tl.store(centered + place, codes, mask=inside[None, :])
+        tl.store(errors + place, tl.load(errors + place, mask=inside[None, :], other=0.0) + change, mask=inside[None, :])
+        tl.debug_barrier()  # what has moved is read by other threads than wrote it
 
 
 def rounding_errors(weight: Tensor, gram: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:  # -> [candidates]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -12,7 +14,9 @@ from buildsys.scheme import Scheme
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """codes: uint8 [out, in]; scale: float16 [out, groups]; zero: uint8 [out, groups]; weight ~ (codes - zero) * scale."""
+    """codes: uint8 [out, in]; scale: float16 [out, groups]; zero: uint8 [out, groups]; weight ~ (codes - zero) * scale.
+
+    Where the scheme's numbers are fp8 a code is the bits of one (e4m3, OCP 8-bit floating point), and every zero is 0."""
 
     codes: Tensor
     scale: Tensor
@@ -28,5 +32,14 @@ class QuantizedLinear:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # -> [out, in]
         out_features, in_features = self.codes.shape
         group = self.scheme.group(in_features)
-        centered = self.codes.view(out_features, -1, group).to(dtype) - self.zero.to(dtype).unsqueeze(-1)
+        codes = self.codes.view(torch.float8_e4m3fn) if self.scheme.number == "fp8" else self.codes
+        centered = codes.view(out_features, -1, group).to(dtype) - self.zero.to(dtype).unsqueeze(-1)
         return (centered * self.scale.to(dtype).unsqueeze(-1)).view(out_features, in_features)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What a rounding method made of a matrix, and what a manifest should tell about how (`damping`: share of H's mean diagonal)."""
+
+    linear: QuantizedLinear
+    notes: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))

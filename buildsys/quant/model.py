@@ -16,6 +16,8 @@ from buildsys.architecture import Architecture
 from buildsys.io.checkpoint import Checkpoint
 from buildsys.quant.block import Block, rms_norm
 from buildsys.quant.linear import QuantizedLinear
+from buildsys.quant.parallel import has_matrix_units
+from buildsys.scheme import Activations, Scheme, Schemes
 
 KEEP_BYTES = 5 << 30  # of hidden states that may stay on a GPU: 128 windows of 2,048 tokens of a model 4,096 wide take 4 GiB
 AHEAD = 4  # blocks that are read while one computes
@@ -29,16 +31,17 @@ class Model:
     architecture: Architecture
     checkpoint: Checkpoint
     device: str = "cpu"
-    unpack: Callable[[Mapping[str, Tensor]], QuantizedLinear] | None = None  # None: a float model
-    left_float: frozenset[str] = frozenset()  # whole names of linears that the artifact holds unquantized
+    unpack: Callable[[Mapping[str, Tensor], Scheme], QuantizedLinear] | None = None  # None: a float model
+    schemes: Schemes | None = None  # of a packed model's linears
     keep_kv: Callable[[Tensor], Tensor] | None = None
     dtype: torch.dtype = torch.float32  # of a block's weights, and so of its products
 
     def at_speed(self) -> Model:
         """The same model as its engine will compute it: on a GPU in the half-precision type that its weights are stored in, with sums in
-        float32. Half the memory, and a tensor core's speed; on a CPU, and for weights stored in float32, nothing changes."""
+        float32. Half the memory, and a tensor core's speed; so on a CPU that has matrix units, which know bfloat16. On others, and for
+        weights stored in float32, nothing changes."""
         stored = self.checkpoint.dtype(self.architecture.embed)
-        half = self.device != "cpu" and stored in (torch.float16, torch.bfloat16)
+        half = stored in (torch.float16, torch.bfloat16) if self.device != "cpu" else stored == torch.bfloat16 and has_matrix_units()
         return replace(self, dtype=stored) if half else self
 
     def blocks(self, layers: Iterable[int]) -> Iterator[Block]:
@@ -63,19 +66,23 @@ class Model:
         """Block `layer`, its packed linears dequantized."""
         prefix = self.architecture.prefix(layer)
         weights: dict[str, Tensor] = {}
-        packed = {} if self.unpack is None else {linear.name: linear for linear in self.architecture.linears}
-        for name in packed:
-            if prefix + name not in self.left_float:
-                weights[f"{name}.weight"] = self.linear(prefix + name).dequantize(self.dtype)
+        rounded: dict[str, Activations] = {}
+        for linear in self.architecture.linears:
+            scheme = self.schemes.of(prefix + linear.name) if self.schemes is not None else None
+            if scheme is not None:
+                weights[f"{linear.name}.weight"] = self.linear(prefix + linear.name).dequantize(self.dtype)
+                rounded |= {linear.name: scheme.activations} if scheme.activations != "none" else {}
         for name in self.architecture.block_tensors():
             if name not in weights:
                 weights[name] = self.checkpoint.load(prefix + name, self.dtype, self.device)
-        return Block(self.architecture, layer, weights, self.keep_kv)
+        return Block(self.architecture, layer, weights, self.keep_kv, rounded)
 
     def linear(self, name: str) -> QuantizedLinear:
         """The codes of one packed linear, by its whole name."""
-        assert self.unpack is not None
-        return self.unpack({part: self.checkpoint.load(f"{name}.{part}", None, self.device) for part in self._parts[name]})
+        assert self.unpack is not None and self.schemes is not None
+        scheme = self.schemes.of(name)
+        assert scheme is not None
+        return self.unpack({part: self.checkpoint.load(f"{name}.{part}", None, self.device) for part in self._parts[name]}, scheme)
 
     @cached_property
     def _parts(self) -> dict[str, list[str]]:

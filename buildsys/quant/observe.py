@@ -3,11 +3,14 @@
 For a weight error E and inputs X the squared output error is ||X E^T||^2 = tr(E G E^T) with the Gram matrix G = X^T X, so a search over
 scales needs G and no forward passes. Only the 128 x 128 blocks on G's diagonal are kept: exact for every group inside a block if errors of
 different groups do not correlate, which rounding errors hardly do.
+
+An expert of a mixture has statistics of the tokens that it is sent, and where those are too few, of all tokens: else its scales and codes
+would fit a handful of words. How many it was sent is kept beside them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,45 +18,120 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from buildsys.architecture import SITES, Site
+from buildsys.architecture import Site
 from buildsys.io.checkpoint import load, save
 from buildsys.quant.block import Block, Rotary
 from buildsys.quant.model import Model
-from buildsys.quant.parallel import ordered
+from buildsys.quant.parallel import has_matrix_units, on_each, ordered, spread, within
 from buildsys.quant.rotary import tables
 from buildsys.step import Resources
 
 GRAM_BLOCK = 128  # input channels; the widest group size other than a whole row
+FEWEST = 1 / 16  # tokens for each input channel of an expert; below it its second moments are those of a few words, of low rank
+SENT = "experts.sent"  # int64 [experts]
+
+STRIP, MIN_STRIP = 256, 1024  # rows of a Gram matrix computed at a time, on a CPU and at least on a GPU
+PART = 4  # windows whose Gram matrices a CPU sums in one
+UNIT_TOKENS = 8192  # that a GPU is given at a time
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class SiteStats:
-    """absmean, absmax: [in]; gram: [blocks, 128, 128], the mean over tokens of x x^T, zero-padded at the end."""
+    """absmean, absmax: [in]; gram: [blocks, 128, 128], the mean over tokens of x x^T, zero-padded at the end. `sent`: how many tokens came
+    to an expert's site; where they are `few` the statistics are of all tokens."""
 
     absmean: Tensor
     absmax: Tensor
     gram: Tensor
+    sent: int | None = None
 
     def divided(self, scale: Tensor) -> SiteStats:
         """The statistics of x / scale, `scale` [in]."""
         blocks = torch.nn.functional.pad(scale, (0, -len(scale) % GRAM_BLOCK), value=1.0).view(-1, GRAM_BLOCK)
-        return SiteStats(self.absmean / scale, self.absmax / scale, self.gram / (blocks[:, :, None] * blocks[:, None, :]))
+        return SiteStats(self.absmean / scale, self.absmax / scale, self.gram / (blocks[:, :, None] * blocks[:, None, :]), self.sent)
+
+
+def few(sent: int, width: int) -> bool:
+    """Whether so many tokens say too little of what is read at a site `width` channels wide."""
+    return sent < FEWEST * width
 
 
 def gram_blocks(x: Tensor) -> Tensor:  # [tokens, in] -> [blocks, 128, 128]
     """Sums of x x^T over tokens, by blocks of 128 channels."""
-    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % GRAM_BLOCK))
+    missing = -x.shape[1] % GRAM_BLOCK
+    padded = torch.nn.functional.pad(x, (0, missing)) if missing else x  # to pad by nothing would copy
     by_block = torch.unflatten(padded, 1, (-1, GRAM_BLOCK)).transpose(0, 1)  # [blocks, tokens, 128]
-    if x.dtype == torch.float32:
+    if not x.is_cuda and has_matrix_units():  # which take blocks that lie together, and give float32 for float32 alone
+        by_block = by_block.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+    if by_block.dtype == torch.float32:
         return by_block.transpose(1, 2) @ by_block
     return torch.bmm(by_block.transpose(1, 2), by_block, out_dtype=torch.float32)
 
 
-def gram(x: Tensor) -> Tensor:  # [tokens, in] -> float32 [in, in]
-    """The sum of x x^T over tokens; half-precision inputs are summed in float32 by tensor cores."""
-    return x.t() @ x if x.dtype == torch.float32 else torch.mm(x.t(), x, out_dtype=torch.float32)
+class Squares:
+    """The sum of x x^T over the tokens of many windows, float32 [in, in]; half-precision inputs are summed in float32 by tensor cores.
+
+    Only its upper half is computed, by strips: torch has no symmetric product. A GPU adds each window to the total. A CPU makes a part of a
+    few windows in whatever thread comes by, since a matrix of its own for each would cost as much as its product; parts are added in order.
+    """
+
+    def __init__(self, width: int, device: str) -> None:
+        self._on_gpu = device != "cpu"
+        self._total = torch.zeros(width, width, device=device)
+        self._strip = max(MIN_STRIP, -(-width // 4)) if self._on_gpu else STRIP
+
+    def parts(self, windows: Sequence[int]) -> list[Sequence[int]]:
+        """The windows that make one part each, whatever the number of threads."""
+        step = 1 if self._on_gpu else PART
+        return [windows[at : at + step] for at in range(0, len(windows), step)]
+
+    def of(self, xs: Iterable[Tensor]) -> Tensor:  # windows x [tokens, in] -> what `add` takes
+        """A part; to be called where the windows are made, which is one after the other."""
+        part = self._total if self._on_gpu else torch.zeros_like(self._total)
+        for x in xs:
+            _add_upper(part, x.flatten(0, -2) if self._on_gpu else x.float(), self._strip)
+        return part
+
+    def add(self, part: Tensor) -> None:
+        """To be called in the order of the parts."""
+        if part is not self._total:
+            self._total += part
+
+    def sum(self) -> Tensor:
+        return _mirrored(self._total, self._strip)
+
+
+def _add_upper(squares: Tensor, x: Tensor, strip: int) -> None:
+    """Adds x^T x to `squares`, right of the diagonal and in blocks on it."""
+    for start in range(0, len(squares), strip):
+        rows, into = x[:, start : start + strip].t(), squares[start : start + strip, start:]
+        if x.dtype == torch.float32:
+            into.addmm_(rows, x[:, start:])
+        else:
+            torch.ops.aten.addmm.dtype_out(into, rows, x[:, start:], torch.float32, out=into)
+
+
+def _mirrored(squares: Tensor, strip: int) -> Tensor:
+    for start in range(0, len(squares), strip):
+        stop = start + strip
+        squares[stop:, start:stop] = squares[start:stop, stop:].t()
+    return squares
+
+
+def units(model: Model, tokens: Tensor, devices: Sequence[str]) -> list[Tensor]:  # [windows, tokens] -> units x [(windows,) tokens, hidden]
+    """What enters the first block, in the units that are computed at a time: windows one by one, and on GPUs, each of which gets its share,
+    several together where that is cheap, so that launching the work takes less time than the work."""
+    windows = model.embed(tokens)
+    if windows[0].device.type == "cpu":
+        return windows
+    many = max(1, UNIT_TOKENS // tokens.shape[1]) if model.architecture.experts is None else 1
+    found = []
+    for start in range(0, len(windows), many):
+        found.append(torch.stack(windows[start : start + many]) if many > 1 else windows[start])
+        windows[start : start + many] = [found[-1][:0]] * len(windows[start : start + many])  # one of each is enough
+    return spread(found, devices)
 
 
 def calibrate(model: Model, tokens: Tensor, folder: Path, resources: Resources, progress: Progress) -> None:
@@ -62,46 +140,108 @@ def calibrate(model: Model, tokens: Tensor, folder: Path, resources: Resources, 
     Sums run window by window in their order, so neither threads nor batch change a bit.
     """
     architecture, model = model.architecture, model.at_speed()
-    rotary = tables(architecture, tokens.shape[1], resources.device)
-    hidden = model.embed(tokens)
+    rotary = {device: tables(architecture, tokens.shape[1], device) for device in resources.devices}
+    hidden, every = units(model, tokens, resources.devices), tokens.numel()
     for layer, block in enumerate(model.blocks(range(architecture.layers))):
-        total: dict[str, Tensor] = {}
-        for at, (seen, after) in enumerate(ordered(partial(_observe, block, rotary), hidden, resources)):
-            hidden[at] = after
-            _add(total, seen)
-        count = tokens.numel()
-        save(folder / f"block-{layer:05d}.safetensors", {n: t if _is_extreme(n) else t / count for n, t in total.items()})
+        total = _sums(partial(_observe_on, block, rotary), hidden, resources)
+        sent: list[int] = total[SENT].tolist() if SENT in total else []
+        came = {linear.site: sent[linear.expert] for linear in architecture.linears if linear.expert is not None}
+        starved = [site for site, tokens_sent in came.items() if few(tokens_sent, architecture.width(site))]
+        if sent:
+            unit_bytes = sum(4 * GRAM_BLOCK * architecture.width(site) for site in architecture.sites)
+            shown = partial(_experts_on, block, starved)
+            total |= _sums(shown, hidden, within(resources, unit_bytes))
+        for name in total:
+            if name.endswith(("absmean", "gram")):
+                site = name.rpartition(".")[0]
+                total[name] /= every if site in starved else came.get(site, every)
+        save(folder / f"block-{layer:05d}.safetensors", total)
         progress("calibrate", layer + 1, architecture.layers)
 
 
 def load_stats(path: Path, device: str = "cpu") -> dict[Site, SiteStats]:
-    """One block's statistics by site."""
+    """One block's statistics by site: those where linears read, and those where scales are folded in."""
     found = load(path)
-    return {site: SiteStats(*(found[f"{site}.{part}"].to(device) for part in ("absmean", "absmax", "gram"))) for site in SITES}
+    sent: list[int] = found[SENT].tolist() if SENT in found else []
+    stats: dict[Site, SiteStats] = {}
+    for site in (name.removesuffix(".gram") for name in found if name.endswith(".gram")):
+        absmean, absmax, gram = (found[f"{site}.{part}"].to(device) for part in ("absmean", "absmax", "gram"))
+        expert = site.partition(".")[2]
+        stats[site] = SiteStats(absmean, absmax, gram, sent[int(expert)] if expert else None)
+    return stats
 
 
-def _is_extreme(name: str) -> bool:
-    return name.endswith(("absmax", "min", "max"))
+Observe = Callable[[Tensor], tuple[Mapping[str, Tensor], Tensor]]
+
+
+def _sums(on: Callable[[str], Observe], hidden: list[Tensor], resources: Resources) -> dict[str, Tensor]:
+    """What `on(device)` sees of all windows, summed in their order; each window's hidden state becomes what that returns."""
+
+    def share(device: str, windows: Sequence[int]) -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        for at, (seen, after) in zip(windows, ordered(on(device), (hidden[at] for at in windows), resources), strict=True):
+            hidden[at] = after
+            _add(total, seen)
+        return total
+
+    first, *others = on_each(share, len(hidden), resources.devices)
+    for other in others:
+        _add(first, {name: value.to(first[name].device) for name, value in other.items()})
+    return first
+
+
+def _summary(seen: dict[str, Tensor], site: Site, x: Tensor) -> None:
+    """One window's sums and extremes of what is read at a site."""
+    x = x.flatten(0, -2)
+    magnitude = x.abs() if x.is_cuda else x.abs().float()  # a CPU's sums would convert one number at a time
+    seen[f"{site}.absmean"] = magnitude.sum(0, dtype=torch.float32)
+    seen[f"{site}.absmax"], seen[f"{site}.gram"] = magnitude.amax(0).float(), gram_blocks(x)
 
 
 def _observe(block: Block, rotary: Rotary, h: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Statistics of one window, [tokens, hidden], and the block's output."""
-    home = h.device
+    """Statistics of one window, [tokens, hidden], and the block's output; of a mixture those before the experts, and what enters them."""
+    home, experts = h.device, block.architecture.experts
     h = h.to(rotary[0].device)
     seen: dict[str, Tensor] = {}
-
-    def see(site: Site, x: Tensor) -> Tensor:
-        magnitude = x.abs()
-        seen[f"{site}.absmean"] = magnitude.sum(0, dtype=torch.float32)
-        seen[f"{site}.absmax"], seen[f"{site}.gram"] = magnitude.amax(0).float(), gram_blocks(x)
-        return x
-
-    x = see("attn_in", block.attn_in(h))
-    _, k, v = block.qkv(x, rotary)
+    see = partial(_summary, seen)
+    x = block.attn_in(h)
+    see("attn_in", x)
+    q, k, v = block.qkv(x, rotary)
     for name, cached in (("k", k), ("v", v)):
-        seen[f"{name}.min"], seen[f"{name}.max"] = cached.amin((1, 2)).float(), cached.amax((1, 2)).float()  # [kv_heads]
-    h = block.after_attention(h, see("o_in", block.o_in(x, rotary)))
-    return seen, block.after_mlp(h, see("down_in", block.down_in(see("mlp_in", block.mlp_in(h))))).to(home)
+        by_head = cached.movedim(-3, 0).flatten(1)
+        seen[f"{name}.min"], seen[f"{name}.max"] = by_head.amin(1).float(), by_head.amax(1).float()  # [kv_heads]
+    o_in = block.attend(q, k, v)
+    see("o_in", o_in)
+    h = block.after_attention(h, o_in)
+    if experts is None:
+        return seen, block.mlp(h, see).to(home)
+    x = block.mlp_in(h)
+    see("mlp_in", x)
+    seen[SENT] = torch.tensor([len(tokens) for tokens, _ in block.routed(x, experts)])
+    return seen, h.to(home)
+
+
+def _observe_on(block: Block, rotary: Mapping[str, Rotary], device: str) -> Observe:
+    return partial(_observe, block.to(device), rotary[device])
+
+
+def _experts_on(block: Block, starved: Sequence[Site], device: str) -> Observe:
+    return partial(_observe_experts, block.to(device), torch.device(device), starved)
+
+
+def _observe_experts(block: Block, device: torch.device, starved: Sequence[Site], h: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Statistics of one window at the experts' sites, and the block's output. `starved` sites are shown all tokens."""
+    home, h = h.device, h.to(device)
+    seen: dict[str, Tensor] = {}
+
+    def see(site: Site, x: Tensor) -> None:
+        if site != "mlp_in" and site not in starved:
+            _summary(seen, site, x)
+
+    after, x = block.mlp(h, see), block.mlp_in(h)
+    for site in starved:
+        _summary(seen, site, x if site.startswith("mlp_in") else block.down_in(x, block.architecture.at(site)[0].expert))
+    return seen, after.to(home)
 
 
 def _add(total: dict[str, Tensor], seen: Mapping[str, Tensor]) -> None:
@@ -110,7 +250,7 @@ def _add(total: dict[str, Tensor], seen: Mapping[str, Tensor]) -> None:
             total[name] = value.clone()
         elif name.endswith("min"):
             total[name] = torch.minimum(total[name], value)
-        elif _is_extreme(name):
+        elif name.endswith("max"):
             total[name] = torch.maximum(total[name], value)
         else:
             total[name] += value

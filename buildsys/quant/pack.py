@@ -1,7 +1,7 @@
-"""Codes of a few bits in whole words: densely into bytes for our own files, and in lanes of 32-bit words as inference kernels read them.
+"""Codes of a few bits in whole words: densely into bytes for our own files, and in 32-bit words as inference kernels read them.
 
-Where layouts differ they differ in the order of lanes alone; AWQ's comes from its GEMM kernel (Lin et al. 2023, arXiv:2306.00978, released
-code), which takes even and odd lanes apart with one mask.
+GPTQ's and compressed-tensors' words are the same dense bytes, four at a time. AWQ's differ in the order of lanes, which comes from its GEMM
+kernel (Lin et al. 2023, arXiv:2306.00978, released code): it takes even and odd lanes apart with one mask.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from math import gcd
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from buildsys.scheme import Number
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Lane i of a word, counted from the lowest bits, holds value AWQ_ORDER[i] of its eight."""
@@ -66,30 +68,36 @@ def unpack_dense(packed: Tensor, bits: int, count: int) -> Tensor:  # uint8 [...
     return codes.flatten(-2)[..., :count].contiguous()
 
 
-def _lanes(bits: int, order: tuple[int, ...] | None) -> tuple[int, ...]:
-    lanes = 32 // bits
-    if lanes * bits != 32 or (order is not None and sorted(order) != list(range(lanes))):
-        raise ValueError(f"32-bit words hold {bits}-bit codes in no lanes {order}")
-    return order or tuple(range(lanes))
-
-
 def pack_int32(values: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:  # uint8 [rows, n] -> int32 [rows, n * bits / 32]
-    """Each run of 32 / bits values along a row becomes a word; lane i holds value order[i] of its run (default: in order)."""
-    _check_range(values, bits)
-    order = _lanes(bits, order)
-    if values.shape[-1] % len(order):
-        raise ValueError(f"{values.shape[-1]} values do not fill words of {len(order)}")
-    runs = _runs(values, len(order))
-    words = torch.zeros(runs.shape[:-1], dtype=torch.int32, device=values.device)
-    for lane, at in enumerate(order):
-        words |= runs[..., at].to(torch.int32) << (lane * bits)  # the highest lane reaches the sign bit; unpacking masks it off again
-    return words
+    """Whole words along each row, the first code in the lowest bits; three-bit codes run on from word to word.
+
+    With an `order`, each run of 32 / bits codes is a word of its own whose lane i holds code order[i] of the run.
+    """
+    if values.shape[-1] * bits % 32:
+        raise ValueError(f"{values.shape[-1]} values of {bits} bits do not fill 32-bit words")
+    ordered = values if order is None else _reordered(values, bits, order)
+    return pack_dense(ordered, bits).view(torch.int32)  # hosts and devices alike keep a word's lowest byte first
 
 
 def unpack_int32(words: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:  # int32 [rows, w] -> uint8 [rows, n]
     """The inverse of `pack_int32`."""
-    order = _lanes(bits, order)
-    runs = torch.empty(*words.shape, len(order), dtype=torch.uint8, device=words.device)
-    for lane, at in enumerate(order):
-        runs[..., at] = ((words >> (lane * bits)) & (2**bits - 1)).to(torch.uint8)
-    return runs.flatten(-2)
+    values = unpack_dense(words.contiguous().view(torch.uint8), bits, words.shape[-1] * 32 // bits)
+    return values if order is None else _reordered(values, bits, tuple(order.index(at) for at in range(len(order))))
+
+
+def _reordered(values: Tensor, bits: int, order: tuple[int, ...]) -> Tensor:  # uint8 [rows, n] -> same
+    """Each word's codes in another order."""
+    if len(order) * bits != 32 or sorted(order) != list(range(len(order))):
+        raise ValueError(f"32-bit words hold {bits}-bit codes in no lanes {order}")
+    return _runs(values, len(order))[..., torch.tensor(order, device=values.device)].flatten(-2)
+
+
+def to_numbers(codes: Tensor, number: Number) -> Tensor:  # uint8 -> int8 | float8_e4m3fn, same shape
+    """Eight-bit codes as the numbers that kernels multiply: code - 128, or the float whose bits these are."""
+    return codes.view(torch.float8_e4m3fn) if number == "fp8" else (codes ^ 0x80).view(torch.int8)
+
+
+def from_numbers(numbers: Tensor) -> Tensor:  # int8 | float8_e4m3fn -> uint8, same shape
+    """The inverse of `to_numbers`."""
+    bits = numbers.view(torch.uint8)
+    return bits ^ 0x80 if numbers.dtype == torch.int8 else bits.clone()

@@ -7,13 +7,15 @@ A matrix product split over threads by a BLAS may sum in another order for anoth
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from buildsys.step import Resources
 
@@ -40,13 +42,65 @@ def ordered(work: Callable[[Unit], Result], units: Iterable[Unit], resources: Re
 
     if resources.threads == 1 or resources.device != "cpu":
         yield from map(quietly, units)
-        return
-    with ThreadPoolExecutor(resources.threads) as pool:
+    else:
+        yield from _pooled(quietly, units, resources.threads, resources.threads + resources.batch)
+
+
+def on_each(work: Callable[[str, range], Result], count: int, devices: Sequence[str]) -> list[Result]:
+    """`work(device, its share of range(count))` on all devices at the same time; results in the order of the devices, whose shares follow
+    one another and differ by one at most."""
+    shares = _shares(count, len(devices))
+    if len(devices) == 1:
+        return [work(devices[0], shares[0])]
+
+    def there(device: str, share: range) -> Result:
+        with torch.cuda.device(device), torch.no_grad():  # both are a thread's own
+            return work(device, share)
+
+    begun = [_thread(device).submit(there, device, share) for device, share in zip(devices, shares, strict=True)]
+    return [one.result() for one in begun]
+
+
+@cache
+def _thread(device: str) -> ThreadPoolExecutor:
+    """A device's own thread, for as long as the process lives: libraries keep their handles and plans by thread, and make them anew for
+    each new one (tens of milliseconds for attention's)."""
+    return ThreadPoolExecutor(1, f"for {device}")
+
+
+def spread(windows: list[Tensor], devices: Sequence[str]) -> list[Tensor]:
+    """Each window on the device whose share of them it is in; on the host all stay where they are."""
+    if len(devices) == 1 or windows[0].device.type == "cpu":
+        return windows
+    shares = zip(devices, _shares(len(windows), len(devices)), strict=True)
+    return [windows[at].to(device) for device, share in shares for at in share]
+
+
+def _shares(count: int, among: int) -> list[range]:
+    ends = [count * at // among for at in range(among + 1)]
+    return [range(*ends[at : at + 2]) for at in range(among)]
+
+
+FILES_AT_ONCE = 4
+
+
+def through_files(work: Callable[[Unit], Result], units: Iterable[Unit], resources: Resources) -> Iterator[Result]:
+    """`map(work, units)` for work that reads, computes a little and writes: several units at a time where a GPU computes, since then
+    copies take the time; on a CPU, where each would only be held in memory longer, one."""
+    if resources.device == "cpu":
+        yield from map(work, units)
+    else:
+        yield from _pooled(work, units, FILES_AT_ONCE, FILES_AT_ONCE)
+
+
+def _pooled(work: Callable[[Unit], Result], units: Iterable[Unit], threads: int, at_most: int) -> Iterator[Result]:
+    """Results in the order of the units, of which `at_most` are begun and not yet handed back."""
+    with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for unit in units:
-                waiting.append(pool.submit(quietly, unit))
-                if len(waiting) >= resources.threads + resources.batch:
+                waiting.append(pool.submit(work, unit))
+                if len(waiting) >= at_most:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -57,14 +111,29 @@ def ordered(work: Callable[[Unit], Result], units: Iterable[Unit], resources: Re
 
 @contextmanager
 def tensor_cores(device: str) -> Iterator[None]:
-    """On a GPU, products of float32 round their factors to TF32 (10 bits of mantissa) and are several times as fast: for what is weighed,
-    never for what is scored."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = device != "cpu"
-    try:
+    """Products of float32 round their factors, to TF32 (10 bits of mantissa) on a GPU and to bfloat16 (7 bits) on a CPU that has matrix
+    units, and are several times as fast; sums stay float32. For what is weighed, never for what is scored. Process-wide while it lasts."""
+    if device != "cpu":
+        allowed = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+    elif has_matrix_units():
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")  # a CPU's word for bfloat16
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+    else:
         yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def has_matrix_units() -> bool:
+    """Whether this CPU multiplies matrices of bfloat16 as such (AMX); others would only spell it out."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 class Behind:

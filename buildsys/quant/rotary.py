@@ -1,7 +1,7 @@
 """Rotary position embedding and the rules that stretch it to longer contexts.
 
 RoPE: arXiv:2104.09864. linear: arXiv:2306.15595. dynamic NTK and YaRN: arXiv:2309.00071. llama3: arXiv:2407.21783, section 3.4.
-The numbers' names are those of config.json, as transformers' modeling_rope_utils documents them.
+LongRoPE: arXiv:2402.13753. The numbers' names are those of config.json, as transformers' modeling_rope_utils documents them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from buildsys.architecture import Architecture
+from buildsys.longrope import LongRope
 
 
-def tables(architecture: Architecture, length: int, device: str = "cpu") -> tuple[Tensor, Tensor]:  # -> cos, sin: [length, head_dim]
-    """Cosines and sines for positions 0 .. length-1, in float32, each frequency twice (first and second half of a head)."""
+def tables(architecture: Architecture, length: int, device: str = "cpu") -> tuple[Tensor, Tensor]:  # -> cos, sin: [length, rotated]
+    """Cosines and sines for positions 0 .. length-1 of a sequence of `length`, in float32, each frequency twice (first and second half of
+    the channels that turn: of the whole head, but for LongRoPE)."""
     frequencies, amplitude = _frequencies(architecture, length)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
@@ -24,13 +26,19 @@ def tables(architecture: Architecture, length: int, device: str = "cpu") -> tupl
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [..., length, head_dim] -> same
-    """Turns each pair (i, i + head_dim/2) of `x` by its position's angle."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Turns each pair (i, i + rotated/2) of `x` by its position's angle; channels from `rotated` on stay as they are."""
+    turning, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    turning = turning.to(torch.result_type(x, cos))  # once, and not in each of the products
+    first, second = turning.chunk(2, dim=-1)
+    turned = (turning * cos).add_(torch.cat((-second, first), dim=-1).mul_(sin))
+    return torch.cat((turned, still), dim=-1) if still.shape[-1] else turned
 
 
-def _frequencies(architecture: Architecture, length: int) -> tuple[Tensor, float]:  # -> [head_dim/2], amplitude
+def _frequencies(architecture: Architecture, length: int) -> tuple[Tensor, float]:  # -> [rotated/2], amplitude
     rope, dim = architecture.rope, architecture.head_dim
+    if isinstance(rope, LongRope):
+        factors = torch.tensor(rope.long if length > rope.original else rope.short)
+        return 1.0 / (factors * rope.theta ** (torch.arange(0, rope.rotated, 2, dtype=torch.float32) / rope.rotated)), rope.amplitude
     numbers, theta = rope.numbers, rope.theta
     if rope.kind == "dynamic" and length > architecture.max_positions:
         factor = numbers["factor"]

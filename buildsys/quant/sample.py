@@ -120,7 +120,7 @@ class Sampler:
             q, k, v = block.qkv(block.attn_in(h), rotary)  # [heads, rows, head_dim]: rows stand where a window has its tokens
             kv[0, :, :, at], kv[1, :, :, at] = k.transpose(0, 1), v.transpose(0, 1)
             h = block.after_attention(h, self._attend(block, q.transpose(0, 1), kv, at))
-            h = block.after_mlp(h, block.down_in(block.mlp_in(h)))
+            h = block.mlp(h)
         return self.head.logits(h)
 
     def _attend(self, block: Block, q: Tensor, kv: Tensor, at: int) -> Tensor:  # q: [rows, heads, head_dim] -> [rows, heads * head_dim]

@@ -6,6 +6,8 @@ One value a predicted token, so that every statistic over them can be paired: KL
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,16 +23,27 @@ from buildsys.step import Resources
 SCORES = ("source_nll", "quantized_nll", "kl", "agree")
 
 
-def score(source: Model, quantized: Model, tokens: Tensor, resources: Resources, progress: Progress) -> dict[str, Tensor]:
-    """For `tokens` [windows, tokens] each of SCORES as float32 [windows, tokens - 1]; position t is about the prediction of token t + 1."""
+@dataclass(frozen=True)
+class Scores:
+    """`tokens`: each of SCORES as float32 [windows, tokens - 1]; position t is about the prediction of token t + 1. `drift`: for each block
+    how far its outputs are from those of the source's, both models fed with what came before: squared distance over squared length."""
+
+    tokens: dict[str, Tensor]
+    drift: tuple[float, ...]
+
+
+def score(source: Model, quantized: Model, tokens: Tensor, resources: Resources, progress: Progress) -> Scores:
+    """Both models on the windows `tokens` [windows, tokens]."""
     layers = source.architecture.layers
     rotary = tables(source.architecture, tokens.shape[1], resources.device)
     hidden = list(zip(source.embed(tokens), quantized.embed(tokens), strict=True))
-
+    drift = []
     for layer in range(layers):
         blocks = source.block(layer), quantized.block(layer)
         for at, after in enumerate(ordered(partial(_forward, blocks, rotary), hidden, resources)):
             hidden[at] = after
+        off, length = (sum(float(part.square().sum(dtype=torch.float64)) for part in parts) for parts in _apart(hidden))
+        drift.append(off / max(length, torch.finfo(torch.float32).tiny))
         progress("score", layer + 1, layers + 1)
     heads = source.head(), quantized.head()
 
@@ -40,7 +53,12 @@ def score(source: Model, quantized: Model, tokens: Tensor, resources: Resources,
 
     found = list(ordered(compare, range(len(hidden)), resources))
     progress("score", layers + 1, layers + 1)
-    return {name: torch.stack([window[name] for window in found]).cpu() for name in SCORES}
+    return Scores({name: torch.stack([window[name] for window in found]).cpu() for name in SCORES}, tuple(drift))
+
+
+def _apart(hidden: Sequence[tuple[Tensor, Tensor]]) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
+    """The distances of all windows, and the source's own."""
+    return (other - one for one, other in hidden), (one for one, _ in hidden)
 
 
 def _forward(blocks: tuple[Block, Block], rotary: Rotary, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

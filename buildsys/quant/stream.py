@@ -1,85 +1,219 @@
-"""Calibration windows on their way through a model that is being quantized: hidden states in host memory, one block at a time."""
+"""Calibration windows on their way through a model that is being quantized: one block at a time, hidden states where they have room.
+
+Several GPUs share the windows; each has its part from beginning to end, and what they sum comes together on the first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from buildsys.architecture import Site
+from buildsys.architecture import Role, Site
 from buildsys.quant.block import Block, Rotary
 from buildsys.quant.model import Model
-from buildsys.quant.observe import gram
-from buildsys.quant.parallel import ordered, within
+from buildsys.quant.observe import Squares, few, units
+from buildsys.quant.parallel import on_each, ordered, within
 from buildsys.quant.rotary import tables
 from buildsys.step import Resources
 
 LARGE_BYTES = 256 << 20
+ERROR_WINDOWS = 2  # that a finished block is compared with its source on
+KEEP_BYTES = 1 << 30  # of what down_proj reads, from its own question until the block is finished; more is computed again
+
+
+MLP: tuple[Role, ...] = ("gate", "up", "gate_up", "down")
+BEFORE: dict[Site, tuple[Role, ...]] = {"attn_in": (), "o_in": ("q", "k", "v", "qkv"), "mlp_in": ("o",), "down_in": MLP[:-1]}
+"""Linears that compute what is read at a site from what was kept at the one before."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The mean over tokens of x x^T, [in, in], x being what is read at a site. `sent`: how many tokens came to an expert's site; where they
+    are `few` the mean is over all tokens."""
+
+    matrix: Tensor
+    sent: int | None = None
 
 
 class Walk:
-    """Asked for the Gram matrix of each site of a block in order (architecture.SITES), then finished with the block's final weights.
+    """Asked for the second moments of each site of a block in order (`architecture.sites`), then finished with the block's final weights.
 
-    Each question runs only the part of the block between the last site and this one, so that a walk costs about one forward.
+    Each question runs only the part of the block between the last site and this one, so that a walk costs about one forward. Of a mixture
+    the question is about one expert and the tokens that it is sent: who is sent where is decided once, when attention is done.
     """
 
     def __init__(self, model: Model, tokens: Tensor, resources: Resources) -> None:  # tokens: [windows, tokens]
         self._dtype = model.dtype
         self._architecture = model.architecture
         self._resources = resources
-        self._rotary: Rotary = tables(model.architecture, tokens.shape[1], resources.device)
-        self._hidden = model.embed(tokens)  # windows x [tokens, hidden]: what enters the block; from mlp_in on, what enters its MLP
+        self._rotary: dict[str, Rotary] = {device: tables(model.architecture, tokens.shape[1], device) for device in resources.devices}
+        # units x [tokens, hidden]: what enters the block; from mlp_in on, what enters its MLP
+        self._hidden = units(model, tokens, resources.devices)
         self._attended: list[Tensor] = []  # windows x [tokens, heads * head_dim], between o_in and mlp_in
+        self._inner: list[Tensor] = []  # windows x [tokens, intermediate], from down_in on, where that has room
+        self._routed: list[list[Tensor]] = []  # windows x experts x [sent]: which tokens, from a mixture's first site on
         self._tokens = tokens.numel()
 
-    def gram(self, block: Block, site: Site) -> Tensor:  # -> [in, in]
-        """The mean over all tokens of x x^T, x being what is read at `site` given the block's weights as they are now."""
-        width = self._architecture.width(site)
-        if self._resources.device != "cpu" and 4 * width * width >= LARGE_BYTES:
-            torch.cuda.empty_cache()  # what smaller tensors left in pieces holds no matrix of this size, and would be kept beside it
-        total = torch.zeros(width, width, device=self._resources.device)
-        block = block.to(self._dtype)
+    def first_windows(self) -> list[Tensor]:
+        """Copies of what enters the block, of a few windows on the first device."""
+        few = [h for unit in self._hidden[:ERROR_WINDOWS] for h in (unit if unit.dim() == 3 else [unit])][:ERROR_WINDOWS]
+        return [h.to(self._resources.devices[0], copy=True) for h in few]
+
+    def error(self, source: Block, quantized: Block, entering: Sequence[Tensor]) -> float:
+        """How far the quantized block's outputs are from the source's on the same inputs: their mean squared distance, as a share of the
+        mean square of what the source's block adds to its inputs."""
+        device = self._resources.devices[0]
+        theirs, ours, off, added = source.to(self._dtype), quantized.to(self._dtype), 0.0, 0.0
+        for h in entering:
+            wanted = theirs.forward(h, self._rotary[device])
+            off += float((ours.forward(h, self._rotary[device]) - wanted).square().sum(dtype=torch.float64))
+            added += float((wanted - h).square().sum(dtype=torch.float64))
+        return off / max(added, torch.finfo(torch.float32).tiny)
+
+    def gram(self, block: Block, site: Site) -> Moments:
+        """Of what is read at `site` given the block's weights as they are now."""
+        expert = self._architecture.at(site)[0].expert
+        if expert is not None:
+            return self._expert(block, site, expert)
+        kept: list[Tensor | None] = [None] * len(self._hidden)
+
+        def share(device: str, windows: Sequence[int]) -> Tensor:
+            there = self._there(block, device, BEFORE[site])
+
+            squares = Squares(self._architecture.width(site), device)
+
+            def read(part: Sequence[int]) -> Tensor:
+                return squares.of(seen(at) for at in part)
+
+            def seen(at: int) -> Tensor:
+                x, keep = self._site(there, site, at, device)
+                if site == "mlp_in":  # at once: two copies of all hidden states are more than a GPU should hold
+                    self._hidden[at], self._attended[at] = keep, keep[:0].clone()
+                elif site == "o_in" or (site == "down_in" and keep.nbytes * len(self._hidden) <= KEEP_BYTES):
+                    kept[at] = keep
+                return x
+
+            for part in ordered(read, squares.parts(windows), self._within(site)):
+                squares.add(part)
+            return squares.sum()
+
         if site == "o_in":
             self._attended = []
-        # Summed window by window in order; the sums of one window are one unit of work.
-        resources = within(self._resources, 4 * width * width)
-        for at, (squares, keep) in enumerate(ordered(lambda at: self._site(block, site, at), range(len(self._hidden)), resources)):
-            total += squares
-            if site == "o_in":
-                self._attended.append(keep)
-            elif site == "mlp_in":  # at once: two copies of all hidden states are more than a GPU should hold
-                self._hidden[at], self._attended[at] = keep, keep[:0].clone()
-        return total.div_(self._tokens)
+        total = self._together(share, self._architecture.width(site))
+        held = [keep for keep in kept if keep is not None]
+        if site == "o_in":
+            self._attended = held
+        elif len(held) == len(self._hidden):
+            self._inner = held
+        return Moments(total.div_(self._tokens))
+
+    def _expert(self, block: Block, site: Site, expert: int) -> Moments:
+        if not self._routed:
+            self._route(block)
+        width, sent = self._architecture.width(site), sum(len(window[expert]) for window in self._routed)
+        everyone, block = few(sent, width), block.alone(expert)
+
+        def share(device: str, windows: Sequence[int]) -> Tensor:
+            there, squares = block.to(self._dtype).to(device), Squares(width, device)
+
+            def read(part: Sequence[int]) -> Tensor:
+                return squares.of(seen(at) for at in part)
+
+            def seen(at: int) -> Tensor:
+                h = self._hidden[at] if everyone else self._hidden[at][self._routed[at][expert]]
+                x = there.mlp_in(h.to(device))
+                return x if site.startswith("mlp_in") else there.down_in(x, expert)
+
+            reached = [at for at in windows if everyone or len(self._routed[at][expert])]
+            for part in ordered(read, squares.parts(reached), self._within(site)):
+                squares.add(part)
+            return squares.sum()
+
+        return Moments(self._together(share, width).div_(self._tokens if everyone else sent), sent)
+
+    def _route(self, block: Block) -> None:
+        """Leaves attention: from here on hidden states are what enters the experts."""
+        experts = self._architecture.experts
+        assert experts is not None
+        routed: list[list[Tensor]] = [[] for _ in self._hidden]
+
+        def share(device: str, windows: Sequence[int]) -> None:
+            there = self._there(block, device, ("o",))
+
+            def leave(at: int) -> tuple[Tensor, list[Tensor]]:
+                home = self._hidden[at].device
+                h = there.after_attention(self._hidden[at].to(device), self._attended[at].to(device))
+                return h.to(home), [tokens.to(home) for tokens, _ in there.routed(there.mlp_in(h), experts)]
+
+            for at, (h, sent) in zip(windows, ordered(leave, windows, self._resources), strict=True):
+                self._hidden[at], self._attended[at], routed[at] = h, h[:0].clone(), sent
+
+        on_each(share, len(self._hidden), self._resources.devices)
+        self._routed = routed
 
     def finish(self, block: Block) -> None:
-        """Leave a block whose four sites were asked for."""
-        block = block.to(self._dtype)
-        self._each(lambda h: block.after_mlp(h, block.down_in(block.mlp_in(h))))
+        """Leave a block whose sites were all asked for."""
+        self._routed, inner, self._inner = [], self._inner, []
+        if inner:
+            self._replace(block, ("down",), lambda there, h, at, _: there.after_mlp(h, inner[at].to(h.device)))
+        else:
+            self._replace(block, MLP, lambda there, h, *_: there.mlp(h))
 
     def replay(self, block: Block) -> None:
         """Pass through a block that was finished earlier."""
-        block = block.to(self._dtype)
-        self._each(lambda h: block.forward(h, self._rotary))
+        self._replace(block, None, lambda there, h, _, device: there.forward(h, self._rotary[device]))
 
-    def _each(self, work: Callable[[Tensor], Tensor]) -> None:
-        device = self._resources.device
-        for at, after in enumerate(ordered(lambda h: work(h.to(device)).to(h.device), self._hidden, self._resources)):
-            self._hidden[at] = after
+    def _there(self, block: Block, device: str, roles: Sequence[Role] | None) -> Block:
+        """What of the block computes with the linears of these roles (None: all of it), as it computes, on a device: as little as may be is
+        sent from one to another."""
+        left_out = {linear.name for linear in self._architecture.linears if roles is not None and linear.role not in roles}
+        kept = {name: tensor for name, tensor in block.weights.items() if name.rpartition(".")[0] not in left_out}
+        return replace(block, weights=kept).to(self._dtype).to(device)
 
-    def _site(self, block: Block, site: Site, at: int) -> tuple[Tensor, Tensor]:
-        """One window's sum of x x^T at `site`, and what later sites need of it."""
+    def _replace(self, block: Block, roles: Sequence[Role] | None, work: Callable[[Block, Tensor, int, str], Tensor]) -> None:
+        """Every window's hidden state by what `work` makes of the block's linears of these roles, it, its number and its device."""
+
+        def share(device: str, windows: Sequence[int]) -> None:
+            there = self._there(block, device, roles)
+
+            def after(at: int) -> Tensor:
+                return work(there, self._hidden[at].to(device), at, device).to(self._hidden[at].device)
+
+            for at, h in zip(windows, ordered(after, windows, self._resources), strict=True):
+                self._hidden[at] = h
+
+        on_each(share, len(self._hidden), self._resources.devices)
+
+    def _within(self, site: Site) -> Resources:
+        return within(self._resources, 4 * self._architecture.width(site) ** 2)
+
+    def _together(self, share: Callable[[str, Sequence[int]], Tensor], width: int) -> Tensor:
+        """The sum of all devices' shares [width, width], in their order, on the first."""
+        if self._resources.device != "cpu" and 4 * width * width >= LARGE_BYTES:
+            # What smaller tensors left in pieces holds no matrix of this size, and would be kept beside it. Nobody computes meanwhile.
+            for device in self._resources.devices:
+                torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+        totals: Iterable[Tensor] = on_each(share, len(self._hidden), self._resources.devices)
+        total, *others = totals
+        for other in others:
+            total += other.to(total.device)
+        return total
+
+    def _site(self, block: Block, site: Site, at: int, device: str) -> tuple[Tensor, Tensor]:
+        """What one window reads at `site`, and what later sites need of it."""
         home = self._hidden[at].device
-        h = self._hidden[at].to(self._resources.device)
-        keep = h
+        h = self._hidden[at].to(device)
         if site == "attn_in":
-            x = block.attn_in(h)
-        elif site == "o_in":
-            x = block.o_in(block.attn_in(h), self._rotary)
-            keep = x.to(home)
-        elif site == "mlp_in":
-            h = block.after_attention(h, self._attended[at].to(h.device))
-            x, keep = block.mlp_in(h), h.to(home)
-        else:
-            x = block.down_in(block.mlp_in(h))
-        return gram(x), keep
+            return block.attn_in(h), h
+        if site == "o_in":
+            x = block.o_in(block.attn_in(h), self._rotary[device])
+            return x, x.to(home)
+        if site == "mlp_in":
+            h = block.after_attention(h, self._attended[at].to(device))
+            return block.mlp_in(h), h.to(home)
+        x = block.down_in(block.mlp_in(h))
+        return x, x

@@ -20,8 +20,10 @@ from buildsys import deploy
 from buildsys.console import size
 from buildsys.footprint import GIB
 from buildsys.measurement import Measurement
+from buildsys.relayout import relayout
 from buildsys.release.facts import Facts
 from buildsys.release.resolved import text as recipe_text
+from buildsys.scheme import Schemes
 from buildsys.slots import Choice
 
 HUB = "hf_hub"  # the source whose repositories `base_model` can name
@@ -66,9 +68,9 @@ def front_matter(facts: Facts) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if recipe.source.name == HUB:
         found |= {"base_model": _knob(recipe.source, "repo"), "base_model_relation": "quantized"}
-    bits = recipe.quantization.bits
+    bits = {kind.bits for kind in recipe.quantization.kinds}
     methods = [method.name for method in recipe.quantization.method]
-    tags = [formats.name, f"{bits}-bit", "quantized", "lmdeploy", *methods]
+    tags = [formats.name, f"{min(bits)}-bit" if len(bits) == 1 else "mixed-precision", "quantized", "lmdeploy", *methods]
     tags += [f"kv-cache-{recipe.kv_cache.policy}"] if recipe.kv_cache.policy != "none" else []
     return {
         **found,
@@ -133,7 +135,7 @@ def _opening(facts: Facts) -> Iterator[str]:
     yield f"# {plain(facts.name)}"
     yield ""
     yield (
-        f"{plain(_source(facts))}, quantized to {recipe.quantization.scheme} ({plain(methods)}), stored as {plain(recipe.format.name)}"
+        f"{plain(_source(facts))}, quantized to {recipe.quantization.told} ({plain(methods)}), stored as {plain(recipe.format.name)}"
         f"{'' if policy == 'none' else f', with keys and values in {policy}'}, for [LMDeploy](https://github.com/InternLM/lmdeploy)."
     )
 
@@ -169,6 +171,11 @@ def _how(facts: Facts) -> Iterator[str]:
     yield f"- Source: {plain(_source(facts))}; {plain(_class(facts))}, {a.layers} layers, {weights:,} weights."
     skipped = ", ".join(recipe.quantization.skip)
     yield f"- Scheme: {recipe.quantization.scheme}. Left in half precision: {plain(skipped)}, embeddings, norms."
+    if recipe.quantization.overrides:
+        yield f"- Other for {', '.join(map(plain, recipe.quantization.overrides))}: see the recipe below."
+    if recipe.quantization.mixed is not None:
+        mixed = recipe.quantization.mixed
+        yield f"- Bits chosen for each layer from {', '.join(map(str, mixed.bits))} under {mixed.budget_bits:g} bits a weight on average."
     yield (
         f"- Calibration: {plain(_text(calibration.dataset))}, {calibration.samples} windows of {calibration.seqlen} tokens, "
         f"seed {calibration.seed}; none of it is in the text that the result was measured on."
@@ -184,8 +191,11 @@ def _how(facts: Facts) -> Iterator[str]:
 
 def _serving(facts: Facts) -> Iterator[str]:
     settings = profile(facts)
-    told = {key: value for key, value in settings.items() if key != "max_batch_size"}  # which `lmdeploy chat` does not take
     yield "## Serve it"
+    if settings is None:
+        yield "No engine of LMDeploy serves this format with this scheme: `doit plan` says why. vLLM reads it."
+        return
+    told = {key: value for key, value in settings.items() if key != "max_batch_size"}  # which `lmdeploy chat` does not take
     yield f"`{deploy.PROFILE}` holds the engine settings below. `MODEL` is this folder, or this repository's name on its hub."
     yield ""
     lines = ["MODEL=.", f"lmdeploy serve api_server $MODEL{_flags(settings)}", f"lmdeploy chat $MODEL{_flags(told)}"]
@@ -198,8 +208,7 @@ def _serving(facts: Facts) -> Iterator[str]:
         yield ""
         yield from _fence(f"vllm serve $MODEL {session}", "sh")
         if _in_transformers(facts):
-            load = 'model = AutoModelForCausalLM.from_pretrained(".", device_map="auto")'
-            yield from _fence(f"from transformers import AutoModelForCausalLM\n{load}", "python")
+            yield from _fence(_loading(facts), "python")
 
 
 def _memory(facts: Facts) -> Iterator[str]:
@@ -246,11 +255,13 @@ def _provenance(facts: Facts) -> Iterator[str]:
 # What sections say
 
 
-def profile(facts: Facts) -> dict[str, Any]:
-    """The engine settings in the artifact's deploy/lmdeploy.yaml, `backend` first."""
+def profile(facts: Facts) -> dict[str, Any] | None:
+    """The engine settings in the artifact's deploy/lmdeploy.yaml, `backend` first; None where no engine serves it."""
     knobs = facts.plan.artifact.knobs
-    positions = facts.plan.survey.architecture.max_positions
-    found = yaml.safe_load(deploy.profile(knobs["engine"], knobs["format"]["name"], knobs["kv_cache"], knobs["target"], positions))
+    if knobs["engine"] == "none":
+        return None
+    positions, method = facts.plan.survey.architecture.max_positions, facts.plan.recipe.format.module.QUANT_METHOD
+    found = yaml.safe_load(deploy.profile(knobs["engine"], method, knobs["kv_cache"], knobs["target"], positions))
     return dict(found)
 
 
@@ -272,7 +283,15 @@ def _source(facts: Facts) -> str:
 
 
 def _class(facts: Facts) -> str:
-    return str(facts.plan.survey.config["architectures"][0])
+    """The source's architecture, and the one that it is written as where that is another."""
+    theirs, ours = (str(config["architectures"][0]) for config in (facts.plan.survey.config, _written(facts)))
+    return theirs if theirs == ours else f"{theirs}, written as {ours}"
+
+
+def _written(facts: Facts) -> Mapping[str, Any]:
+    """The source's config.json under the names that the model is written in (`as: llama`)."""
+    recipe, surveyed = facts.plan.recipe, facts.plan.survey
+    return relayout(surveyed.architecture, surveyed.config, recipe.at("format"), _knob(recipe.format, "as_")).config
 
 
 def _text(dataset: Choice) -> str:
@@ -293,12 +312,29 @@ def _knob(choice: Choice, name: str) -> Any:
 
 def _read_elsewhere(facts: Facts) -> bool:
     chosen = facts.plan.recipe.format
-    return chosen.module.config(facts.plan.recipe.quantization.scheme, ["lm_head"]).get("quant_method") in READ_ELSEWHERE
+    return chosen.module.config(Schemes(facts.plan.recipe.quantization.scheme), ["lm_head"]).get("quant_method") in READ_ELSEWHERE
 
 
 def _in_transformers(facts: Facts) -> bool:
-    """Whether transformers loads the artifact: a model that came with code of its own has none here."""
-    return _read_elsewhere(facts) and "auto_map" not in facts.plan.survey.config
+    """Whether transformers (5.23) loads the artifact. A model that came with code of its own has none here. Of GPTQ's layout it reads one
+    scheme for every linear; the experts of a mixture it holds as one tensor, and only of compressed-tensors' symmetric codes makes that."""
+    asked, chosen = facts.plan.recipe.quantization, facts.plan.recipe.format.name
+    if not _read_elsewhere(facts) or "auto_map" in _written(facts):
+        return False
+    if facts.plan.survey.architecture.experts is not None:
+        return chosen == "compressed_tensors" and len(asked.kinds) == 1 and asked.symmetric
+    return chosen != "gptq" or (len(asked.kinds) == 1 and not facts.plan.layers.schemes.left_float)
+
+
+def _loading(facts: Facts) -> str:
+    """Python that loads it. Packed zeros transformers reads only where it is told to dequantize."""
+    zeros = facts.plan.recipe.format.name == "compressed_tensors" and not all(
+        kind.symmetric for kind in facts.plan.recipe.quantization.kinds
+    )
+    names, more = "AutoModelForCausalLM", ', device_map="auto"'
+    if zeros:
+        names, more = f"{names}, CompressedTensorsConfig", f"{more}, quantization_config=CompressedTensorsConfig(dequantize=True)"
+    return f'from transformers import {names}\nmodel = AutoModelForCausalLM.from_pretrained("."{more})'
 
 
 def _value(one: Measurement) -> str:

@@ -17,6 +17,7 @@ from buildsys.errors import BuildError
 from buildsys.io import headers
 from buildsys.release import pickles
 from buildsys.release.folder import AGAIN, Folder, Progress, content, is_pointer, json_object
+from buildsys.scheme import Schemes
 from buildsys.slots import modules
 from buildsys.survey import IGNORED, describe
 
@@ -89,8 +90,8 @@ def weights(folder: Folder, progress: Progress) -> Iterator[Said]:
         yield f"weights     not checked: {OLD_AWQ} is of an older kind" if old else "weights     float: nothing is packed"
         return
     method = said.get("quant_method") if isinstance(said, dict) else None
-    format = modules("formats").get(method) if isinstance(method, str) else None
-    if format is None or not hasattr(format, "scheme_of"):
+    format = next((module for module in modules("formats").values() if method == module.QUANT_METHOD), None)
+    if format is None:
         yield f"weights     not checked: quant_method {_shown(method)} is not known"
         return
     found = headers.describe({name: path for name, path in folder.files.items() if "/" not in name})
@@ -99,15 +100,15 @@ def weights(folder: Folder, progress: Progress) -> Iterator[Said]:
         what = f"num_hidden_layers is {layers}; the weights hold {len(found)} tensors"
         raise BuildError(str(folder.files[CONFIG]), what, "check that config.json and the weights are of one model")
     try:
-        scheme = format.scheme_of(said)
+        told = format.schemes_of(said)
         architecture = describe({key: value for key, value in config.items() if key != "quantization_config"}, CONFIG)[0]
         stored = _Stored.of(architecture, found)
-        skipped = _skipped(stored, said)
-        _fits(stored, format, scheme, skipped)
+        schemes = replace(told, left_float=_left_float(stored, told))
+        _fits(stored, format, schemes)
     except BuildError as error:
         yield f"weights     not checked: {error.what}"
         return
-    yield from _lint(folder, stored, scheme, format, skipped, found, progress)
+    yield from _lint(folder, stored, schemes, format, found, progress)
 
 
 @dataclass(frozen=True)
@@ -143,17 +144,15 @@ class _Stored:
         return {**self.architecture.tensors(), **self.beside}
 
 
-def _skipped(stored: _Stored, said: Mapping[str, Any]) -> frozenset[str]:
+def _left_float(stored: _Stored, told: Schemes) -> frozenset[str]:
     """Linears that stay float. Readers match an entry as a part of a module's name."""
-    kept = said.get("modules_to_not_convert") or []
-    if not isinstance(kept, list) or not all(isinstance(entry, str) for entry in kept):
-        raise BuildError(CONFIG, f"modules_to_not_convert is {_shown(kept)}, not a list of names", AGAIN)
-    return frozenset(name for name in stored.names() if any(entry in name for entry in kept))
+    return frozenset(name for name in stored.names() if any(entry in name for entry in told.left_float))
 
 
-def _fits(stored: _Stored, format: Any, scheme: Any, skipped: frozenset[str]) -> None:
+def _fits(stored: _Stored, format: Any, schemes: Schemes) -> None:
     for name, linear in stored.names().items():
-        reason = None if name in skipped else format.fits(scheme, linear.in_features, linear.out_features)
+        scheme = schemes.of(name)
+        reason = None if scheme is None else format.fits(scheme, linear.in_features, linear.out_features)
         if reason is not None:
             raise BuildError(CONFIG, f"{name}: {reason}", AGAIN)
 
@@ -161,18 +160,18 @@ def _fits(stored: _Stored, format: Any, scheme: Any, skipped: frozenset[str]) ->
 def _lint(
     folder: Folder,
     stored: _Stored,
-    scheme: Any,
+    schemes: Schemes,
     format: Any,
-    skipped: frozenset[str],
     found: Mapping[str, tuple[str, headers.Entry]],
     progress: Progress,
 ) -> Iterator[Said]:
     lint = modules("checks")["lint"]
-    context = SimpleNamespace(architecture=stored, scheme=scheme, format=format, skipped=skipped, progress=progress, device="cpu")
+    context = SimpleNamespace(architecture=stored, schemes=schemes, format=format, progress=progress, device="cpu")
     packed = SimpleNamespace(files={name: path for name, path in folder.files.items() if "/" not in name})
     (measured,) = lint.measure(lint.Knobs(), {"packed": packed}, context)
     if not measured.value:
-        yield f"weights     {len(stored.names()) - len(skipped)} packed linears are sound ({scheme.bits}-bit, group {scheme.group_size})"
+        kinds = " and ".join(f"{scheme.bits}-bit, group {scheme.group_size}" for scheme in schemes.kinds())
+        yield f"weights     {len(stored.names()) - len(schemes.left_float)} packed linears are sound ({kinds})"
         return
     first = measured.detail.split()[0]
     holds = next((file for name, (file, _) in found.items() if name.startswith(first)), None)

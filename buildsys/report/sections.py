@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from buildsys import footprint
 from buildsys.gpus import lookup
 from buildsys.measurement import Limit, Measurement, Verdict
-from buildsys.plan import skipped_linears
 from buildsys.recipe import Recipe
 from buildsys.release.facts import Facts, Ran
 from buildsys.release.resolved import resolved
@@ -104,7 +103,7 @@ def source_name(recipe: Recipe) -> str:
 
 def scheme_name(recipe: Recipe) -> str:
     """`4-bit g128 asymmetric, awq + gptq`."""
-    return f"{recipe.quantization.scheme}, {' + '.join(method.name for method in recipe.quantization.method)}"
+    return f"{recipe.quantization.told}, {' + '.join(method.name for method in recipe.quantization.method)}"
 
 
 def target_name(recipe: Recipe) -> str:
@@ -117,12 +116,14 @@ def target_name(recipe: Recipe) -> str:
 
 
 def roles(facts: Facts) -> dict[str, list[float | None]]:
-    """Relative output errors: role -> one for each layer, None where the linear stays float."""
-    architecture = facts.plan.survey.architecture
-    return {
-        linear.role: [facts.layer_errors.get(architecture.prefix(layer) + linear.name) for layer in range(architecture.layers)]
-        for linear in architecture.linears
-    }
+    """Relative output errors: role -> one for each layer, the mean over experts, None where the linears stay float."""
+    architecture, found = facts.plan.survey.architecture, dict[str, list[float | None]]()
+    for role in dict.fromkeys(linear.role for linear in architecture.linears):
+        names = [linear.name for linear in architecture.linears if linear.role == role]
+        told = [[facts.layer_errors.get(architecture.prefix(layer) + name) for name in names] for layer in range(architecture.layers)]
+        known = [[error for error in layer if error is not None] for layer in told]
+        found[role] = [sum(errors) / len(errors) if errors else None for errors in known]
+    return found
 
 
 def worst(facts: Facts, count: int) -> list[tuple[str, float]]:
@@ -151,9 +152,8 @@ class Sizes:
 
 def sizes(facts: Facts) -> Sizes:
     plan = facts.plan
-    left_float, _ = skipped_linears(plan.recipe, plan.survey)
     float16 = footprint.weights(plan.survey.architecture, None)
-    packed = footprint.weights(plan.survey.architecture, plan.recipe.quantization.scheme, left_float)
+    packed = footprint.weights(plan.survey.architecture, plan.layers.schemes)
     return Sizes(_shared_out(facts, float16, fetched(facts).output), _shared_out(facts, packed, facts.artifact))
 
 

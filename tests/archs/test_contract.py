@@ -1,6 +1,7 @@
 """What every architecture keeps: its tensors are the model's, streaming its blocks is the whole forward, and what it cannot do it refuses.
 
-The oracle is transformers' own model; for InternLM2, which transformers lacks, a Llama whose queries, keys and values are fused by a loop.
+The oracle is transformers' own model; for InternLM2 and InternLM3, which transformers lacks, a Llama of the same function: with queries,
+keys and values fused by a loop, or with biases of zero where InternLM3 has none.
 """
 
 from __future__ import annotations
@@ -20,13 +21,21 @@ from torch import Tensor
 from buildsys.architecture import ROPE_KINDS, SITES
 from buildsys.errors import BuildError
 from buildsys.quant.model import Model
-from buildsys.quant.rotary import tables
 from buildsys.slots import Frozen, modules
 from buildsys.survey import describe, survey
 from tests import models
 
 LENGTH = 40  # tokens; longer than each sliding window below
-NAMES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+NAMES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+LLAMAS = {"InternLM2ForCausalLM", "InternLM3ForCausalLM"}  # transformers lacks them; held to a Llama of the same function
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -36,11 +45,16 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"  # recorded from real models
+HERE = Path(__file__).resolve().parent
+CONFIGS = {path.parent.name: path for folder in (HERE.parent, HERE) for path in folder.glob("configs/*/config.json")}
+"""Recorded from real models."""
 SMALL: dict[str, Any] = {**SIZES, "bos_token_id": 0, "eos_token_id": 1}
 SMALL.pop("max_position_embeddings")  # theirs
 NOT_COMPUTED = ("architectures", "auto_map", "model_type", "pad_token_id", "torch_dtype", "transformers_version")
 WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}
+PHI3 = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}  # its defaults are no ids of so small a vocabulary
+MIXTURES = ("mixtral", "qwen3_moe")  # transformers fuses their experts in memory, and saves them apart: what it saves is surveyed below
+NARROW = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 16}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama one head each": ("llama", {"num_key_value_heads": 8, "rms_norm_eps": 1e-2}),
@@ -52,6 +66,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 window switched off": ("qwen2", {"use_sliding_window": False, "sliding_window": 9, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3 windows, biases": ("qwen3", {"head_dim": 8, "attention_bias": True, **WINDOWS}),
+    "phi3": ("phi3", PHI3),
+    "phi3 window, one head each, tied": (
+        "phi3",
+        PHI3 | {"sliding_window": 9, "num_key_value_heads": 8, "tie_word_embeddings": True, "rms_norm_eps": 1e-3},
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "mixtral window, one head each, three of five": (
+        "mixtral",
+        {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 7, "num_key_value_heads": 8, "head_dim": 16},
+    ),
+    "qwen3_moe": ("qwen3_moe", {**NARROW, "norm_topk_prob": True}),
+    "qwen3_moe shares of all, tied": ("qwen3_moe", {**NARROW, "norm_topk_prob": False, "tie_word_embeddings": True}),
+    "qwen3_moe windows, biases": ("qwen3_moe", {**NARROW, "attention_bias": True, **WINDOWS}),
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -98,16 +125,12 @@ def whole(model: Any) -> Tensor:  # -> [windows, tokens, vocab]
 
 @torch.no_grad()
 def streamed(model: Model) -> Tensor:  # -> [windows, tokens, vocab]
-    hidden, rotary = model.embed(ids()), tables(model.architecture, LENGTH)
-    for layer in range(model.architecture.layers):
-        block = model.block(layer)
-        hidden = [block.forward(h, rotary) for h in hidden]
-    return torch.stack([model.head().logits(h) for h in hidden])
+    return models.streamed(model, ids())
 
 
 def agree(ours: Tensor, theirs: Tensor) -> None:
     assert theirs.std() > 0.3, "the oracle says nothing"
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * max(1.0, float(theirs.std())))
 
 
 def edit(folder: Path, **changed: Any) -> None:
@@ -116,7 +139,7 @@ def edit(folder: Path, **changed: Any) -> None:
 
 
 def test_every_architecture_has_a_case_here() -> None:
-    covered = {NAMES[model_type] for model_type, _ in CASES.values()} | {"InternLM2ForCausalLM"}
+    covered = {NAMES[model_type] for model_type, _ in CASES.values()} | LLAMAS
     assert {module.HANDLES for module in modules("archs").values()} == covered, "add a case of yours to CASES"
     assert set(models.FAMILIES) == set(modules("archs")), "add yours to tests/models.py"
     assert {said["rope_type"] for said in ROPES.values()} == set(ROPE_KINDS)
@@ -128,10 +151,12 @@ def test_a_module_is_what_the_slot_asks_for(name: str, tmp_path: Path) -> None:
     assert issubclass(module.Knobs, Frozen) and isinstance(module.VERSION, int) and "hidden_act" in module.EXPECTS
     found = survey(models.files(models.FAMILIES[name](tmp_path)))
     assert found.version == module.VERSION and found.architecture.model_type == name
-    assert tuple(linear for site in SITES for linear in found.architecture.at(site)) == found.architecture.linears
+    a = found.architecture
+    assert tuple(linear for site in a.sites for linear in a.at(site)) == a.linears
+    assert (a.sites == a.scale_sites == SITES) if a.experts is None else a.scale_sites[:3] == SITES[:3]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case, (model_type, _) in CASES.items() if model_type not in MIXTURES])
 def test_tensors_are_those_of_the_model(case: str) -> None:
     model_type, changed = CASES[case]
     config = transformers.AutoConfig.for_model(model_type, **(SIZES | changed))
@@ -185,6 +210,68 @@ def test_llama3_without_an_original_length_means_max_position_embeddings(tmp_pat
     agree(streamed(models.opened(tmp_path)), whole(model))
 
 
+def factors(count: int, top: float) -> list[float]:
+    return torch.linspace(1.0, top, count).tolist()
+
+
+LONG: dict[str, dict[str, Any]] = {
+    "within the original context": {"original_max_position_embeddings": LENGTH},
+    "beyond it": {"original_max_position_embeddings": LENGTH - 1},
+    "some channels stand still": {"original_max_position_embeddings": 16, "partial_rotary_factor": 0.75},
+    "own amplitude": {"original_max_position_embeddings": 16, "attention_factor": 0.7},
+    "own factor": {"original_max_position_embeddings": 16, "factor": 32.0},
+    "not stretched": {"original_max_position_embeddings": 64},
+}
+
+
+@pytest.mark.parametrize("spelling", ["longrope", "su", "yarn", "rope_parameters"])
+@pytest.mark.parametrize("case", LONG)
+def test_longrope_is_that_of_transformers(case: str, spelling: str, tmp_path: Path) -> None:
+    said = dict(LONG[case])
+    top = {key: said.pop(key) for key in ("original_max_position_embeddings", "partial_rotary_factor") if key in said}
+    count = int(16 * top.get("partial_rotary_factor", 1.0)) // 2
+    rule = {"rope_type": "longrope", "short_factor": factors(count, 2.0), "long_factor": factors(count, 9.0), **said}
+    model = oracle("phi3", PHI3 | {"rope_parameters": {"rope_theta": 500.0, **rule}, "hidden_size": 128, **top})
+    saved(model, tmp_path)
+    if spelling != "rope_parameters":
+        scaling = {"type": spelling, **{key: value for key, value in rule.items() if key != "rope_type"}}
+        edit(tmp_path, rope_parameters=None, rope_theta=500.0, rope_scaling=scaling, **top)
+    survey(models.files(tmp_path))
+    agree(streamed(models.opened(tmp_path)), whole(model))
+
+
+def test_longrope_kinds_differ_from_each_other(tmp_path: Path) -> None:
+    """Else the test above could pass without any rule."""
+    saved(oracle("phi3", PHI3 | {"hidden_size": 128}), tmp_path)
+    seen = [streamed(models.opened(tmp_path))]
+    for said in LONG.values():
+        count = int(16 * said.get("partial_rotary_factor", 1.0)) // 2
+        scaling = {"type": "longrope", "short_factor": factors(count, 2.0), "long_factor": factors(count, 9.0)}
+        scaling |= {key: said[key] for key in ("attention_factor", "factor") if key in said}
+        top = {"original_max_position_embeddings": said["original_max_position_embeddings"]}
+        edit(tmp_path, rope_parameters=None, rope_theta=1e4, rope_scaling=scaling, partial_rotary_factor=None, **top)
+        edit(tmp_path, partial_rotary_factor=said.get("partial_rotary_factor"))
+        seen.append(streamed(models.opened(tmp_path)))
+    assert all((seen[a] - seen[b]).abs().max() > 1e-3 for a in range(len(seen)) for b in range(a))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 16}}, "long_factor is None; 16 numbers"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 15, "long_factor": [1.0] * 16}}, "a list of 15; 16 numbers"),
+        ({"rope_scaling": {"type": "su", "short_factor": [1.0] * 16, "long_factor": ["x"] * 16}}, "long_factor is 'x'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"sliding_window": "wide"}, "sliding_window is 'wide'"),
+    ],
+)
+def test_phi3_refuses_what_it_does_not_compute(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
+    models.tiny_phi3(tmp_path)
+    edit(tmp_path, **changed)
+    assert said in refusal(tmp_path).what
+
+
 def test_windows_left_out_of_config_json_are_transformers_defaults() -> None:
     sizes = SIZES | {"num_hidden_layers": 30}
     mistral, _ = describe(sizes | {"architectures": ["MistralForCausalLM"]}, "config.json")
@@ -194,6 +281,48 @@ def test_windows_left_out_of_config_json_are_transformers_defaults() -> None:
     assert [window is not None for window in qwen.sliding_window] == [kind == "sliding_attention" for kind in theirs.layer_types]
     every, _ = describe(sizes | {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": 0}, "config.json")
     assert every.sliding_window == (4096,) * 30
+
+
+# Sources
+
+
+def reread(folder: Path) -> Any:
+    """transformers' own reading of the files, in float32: a model that was cast has cast rotary tables too."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["llama biases, tied, head_dim", "qwen3", "phi3 window, one head each, tied"])
+def test_sources_of_every_float_type(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model_type, changed = CASES[case]
+    model = oracle(model_type, changed | {"max_position_embeddings": 128}).to(dtype)
+    saved(model, tmp_path)
+    survey(models.files(tmp_path))
+    opened = models.opened(tmp_path)
+    assert {opened.checkpoint.dtype(name) for name in opened.checkpoint.names()} == {dtype}
+    agree(streamed(opened), whole(reread(tmp_path)))
+
+
+def test_a_source_whose_norms_are_wider_than_its_matrices(tmp_path: Path) -> None:
+    model = oracle("llama", {})
+    saved(model.to(torch.bfloat16), tmp_path)
+    change_weights(tmp_path, lambda held: held.update({name: held[name].float() for name in held if "norm" in name}))
+    survey(models.files(tmp_path))
+    agree(streamed(models.opened(tmp_path)), whole(reread(tmp_path)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_source_in_forty_shards(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = oracle("llama", {"num_hidden_layers": 8}).to(dtype)
+    model.save_pretrained(tmp_path, max_shard_size="1KB")  # a file for each matrix
+    models.write_tokenizer(tmp_path)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) >= 40 and not (tmp_path / "model.safetensors").exists()
+    assert survey(models.files(tmp_path)).architecture.layers == 8
+    agree(streamed(models.opened(tmp_path)), whole(reread(tmp_path)))
+    lost = next(path for path in shards if "model.layers.5.mlp.up_proj.weight" in load_file(path))
+    lost.unlink()
+    assert lost.name in refusal(tmp_path).what + refusal(tmp_path).where
 
 
 # InternLM2
@@ -246,18 +375,51 @@ def test_internlm2_is_a_llama_with_fused_rows(kv_heads: int, bias: bool, tmp_pat
     agree(streamed(models.opened(tmp_path)), whole(model))
 
 
+# InternLM3
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_internlm3_is_a_llama_with_two_switches_for_biases(qkv_bias: bool, bias: bool, tmp_path: Path) -> None:
+    model = oracle("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "rope_theta": 5e7})
+    absent = {"qkv": not qkv_bias, "o": not bias, "gate": not bias, "up": not bias, "down": not bias}
+    gone = [name for name, _ in model.named_parameters() if name.endswith("_proj.bias") and absent[role_of(name)]]
+    with torch.no_grad():
+        for name in gone:
+            model.get_parameter(name).zero_()
+    saved(model, tmp_path)
+    change_weights(tmp_path, lambda held: [held.pop(name) for name in gone])
+    auto_map = {"AutoModel": "modeling_internlm3.X"}
+    edit(tmp_path, architectures=["InternLM3ForCausalLM"], model_type="internlm3", bias=bias, qkv_bias=qkv_bias, auto_map=auto_map)
+    survey(models.files(tmp_path))
+    agree(streamed(models.opened(tmp_path)), whole(model))
+
+
+def role_of(name: str) -> str:
+    role = name.split(".")[-2].removesuffix("_proj")
+    return "qkv" if role in "qkv" else role
+
+
 # Real models
 
 
-@pytest.mark.parametrize("name", sorted(path.parent.name for path in CONFIGS.glob("*/config.json")))
+def small(config: dict[str, Any]) -> dict[str, Any]:
+    """The same config of a small model. LongRoPE has a number for each frequency: there heads keep their width."""
+    long = (config.get("rope_scaling") or {}).get("long_factor", ())
+    heads = {"hidden_size": round(2 * len(long) / config.get("partial_rotary_factor", 1.0)) * SMALL["num_attention_heads"]} if long else {}
+    narrow = {"head_dim": 8} if config.get("head_dim") else {}
+    return config | SMALL | heads | narrow
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_a_publishers_own_config_computes_the_same(name: str, tmp_path: Path) -> None:
     """The recorded config.json with every key that its publisher wrote, as it is spelled there, and smaller sizes."""
-    written = json.loads((CONFIGS / name / "config.json").read_text()) | SMALL
-    fuses = written["model_type"] == "internlm2"
+    written = small(json.loads(CONFIGS[name].read_text()))
     said = {key: value for key, value in written.items() if key not in NOT_COMPUTED}
-    model = oracle("llama" if fuses else written["model_type"], said)
+    kind = "llama" if written["architectures"][0] in LLAMAS else written["model_type"]
+    model = oracle(kind, said | ({"pad_token_id": 0} if kind == "phi3" else {}))
     saved(model, tmp_path)
-    if fuses:
+    if written["model_type"] == "internlm2":
         held = load_file(tmp_path / "model.safetensors")
         save_file(fused(held, SMALL["num_attention_heads"], SMALL["num_key_value_heads"], 8), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(written))
@@ -334,7 +496,7 @@ def test_remote_code_is_refused_where_it_would_be_needed_and_ignored_elsewhere(l
     assert "auto_map" in found.what and "refused" in found.what and "XForCausalLM" in found.what
 
 
-def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     held = load_file(folder / "model.safetensors")
     change(held)
     save_file(held, folder / "model.safetensors")
@@ -367,7 +529,7 @@ def test_a_tensor_of_another_shape_or_type_shows_both(llama: Path) -> None:
     assert "I8" in refusal(llama).what
 
 
-@pytest.mark.parametrize("name", ["llama", "internlm2"])
+@pytest.mark.parametrize("name", ["llama", "internlm2", "internlm3", "phi3"])
 def test_tied_embeddings_with_and_without_a_copy_in_the_file(name: str, tmp_path: Path) -> None:
     folder = models.FAMILIES[name](tmp_path / "tied", tie_word_embeddings=True, vocab_size=SIZES["vocab_size"])
     architecture = survey(models.files(folder)).architecture

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from buildsys.architecture import Architecture, llama_family
 from buildsys.io import checkpoint
-from buildsys.scheme import Scheme
+from buildsys.relayout import Relayout, relayout
+from buildsys.scheme import Scheme, Schemes
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,13 @@ def tiny() -> Architecture:
 class Context:
     facts: Mapping[str, Any] = field(default_factory=dict)
     architecture: Architecture = field(default_factory=tiny)
-    scheme: Scheme = field(default_factory=lambda: Scheme(4, 32))
-    skipped: frozenset[str] = frozenset()
+    schemes: Schemes = field(default_factory=lambda: Schemes(Scheme(4, 32)))
     format: ModuleType | None = None
     device: str = "cpu"
+
+    @property
+    def relayout(self) -> Relayout:
+        return relayout(self.architecture, {}, "config.json", None)
 
     def progress(self, what: str, done: int, total: int) -> None:
         assert done <= total

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -14,15 +14,18 @@ from torch import Tensor
 from buildsys.architecture import Architecture, Linear, Rope
 from buildsys.checks import codes
 from buildsys.errors import BuildError
-from buildsys.formats import awq
+from buildsys.formats import awq, gptq
 from buildsys.io.checkpoint import save
 from buildsys.io.headers import SINGLE
 from buildsys.quant.blocks import save_block
 from buildsys.quant.linear import QuantizedLinear
-from buildsys.scheme import Scheme
+from buildsys.relayout import relayout
+from buildsys.scheme import Scheme, Schemes
+from buildsys.slots import modules
 
-SCHEME = Scheme(4, 32)
 KEPT = "model.layers.1.attn.q"
+SCHEMES = Schemes(Scheme(4, 32), frozenset([KEPT]))
+HELD = [Scheme(4, 32), Scheme(4, 32, True), Scheme(8, -1, True), Scheme(8, -1, True, "int", "int8"), Scheme(8, -1, True, "fp8", "fp8")]
 ARCHITECTURE = Architecture(
     model_type="toy",
     layers=2,
@@ -56,6 +59,8 @@ class Build:
 
     folder: Path
     packed: dict[str, Tensor]
+    schemes: Schemes = SCHEMES
+    format: ModuleType = awq
 
     def measure(self) -> tuple[tuple[int, str], tuple[int, str]]:
         save(self.folder / SINGLE, self.packed)
@@ -65,7 +70,12 @@ class Build:
         }
         steps: list[object] = []
         context = SimpleNamespace(
-            device="cpu", architecture=ARCHITECTURE, scheme=SCHEME, format=awq, skipped=[KEPT], progress=lambda *step: steps.append(step)
+            device="cpu",
+            architecture=ARCHITECTURE,
+            relayout=relayout(ARCHITECTURE, {}, "config.json", None),
+            schemes=self.schemes,
+            format=self.format,
+            progress=lambda *step: steps.append(step),
         )
         found = codes.measure(codes.Knobs(), inputs, context)
         assert [measurement.name for measurement in found] == list(codes.FIXED) and steps[-1] == ("codes", 2, 2)
@@ -75,28 +85,59 @@ class Build:
         return (int(found[0].value), found[0].detail), (int(found[1].value), found[1].detail)
 
 
-@pytest.fixture
-def build(tmp_path: Path) -> Build:
+def built(folder: Path, format: ModuleType, schemes: Schemes) -> Build:
     random = torch.Generator().manual_seed(0)
     packed: dict[str, Tensor] = {"model.embed.weight": torch.randn(16, 32).half(), "model.norm.weight": torch.ones(32).half()}
     for layer in range(2):
         prefix, linears = ARCHITECTURE.prefix(layer), {}
         floats = {name: torch.randn(32, generator=random).half() for name in ("norm1.weight", "norm2.weight")}
         for linear in ARCHITECTURE.linears:
-            shape, groups = (linear.out_features, linear.in_features), (linear.out_features, linear.in_features // 32)
-            if prefix + linear.name == KEPT:
+            scheme = schemes.of(prefix + linear.name)
+            shape = (linear.out_features, linear.in_features)
+            if scheme is None:
                 floats[f"{linear.name}.weight"] = torch.randn(shape, generator=random).half()
                 continue
+            groups = (linear.out_features, scheme.groups(linear.in_features))
+            zero = torch.randint(0, scheme.top + 1, groups, dtype=torch.uint8, generator=random)
             linears[linear.name] = QuantizedLinear(
-                torch.randint(0, 16, shape, dtype=torch.uint8, generator=random),
+                torch.randint(0, scheme.top + 1, shape, dtype=torch.uint8, generator=random),
                 torch.rand(groups, generator=random).half(),
-                torch.randint(0, 16, groups, dtype=torch.uint8, generator=random),
-                SCHEME,
+                torch.full_like(zero, scheme.middle) if scheme.symmetric else zero,
+                scheme,
             )
-            packed |= {f"{prefix}{linear.name}.{part}": tensor for part, tensor in awq.pack(linears[linear.name]).items()}
-        save_block(tmp_path / f"block-{layer:05}.safetensors", linears, floats)
+            packed |= {f"{prefix}{linear.name}.{part}": tensor for part, tensor in format.pack(linears[linear.name]).items()}
+        save_block(folder / f"block-{layer:05}.safetensors", linears, floats)
         packed |= {prefix + name: tensor for name, tensor in floats.items()}
-    return Build(tmp_path, packed)
+    return Build(folder, packed, schemes, format)
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Build:
+    return built(tmp_path, awq, SCHEMES)
+
+
+EVERY = [(format, scheme) for format in modules("formats").values() for scheme in HELD if format.accepts(scheme) is None]
+
+
+@pytest.mark.parametrize(("format", "scheme"), EVERY, ids=lambda value: str(getattr(value, "QUANT_METHOD", value)))
+def test_every_format_is_compared_byte_by_byte(format: ModuleType, scheme: Scheme, tmp_path: Path) -> None:
+    """Whatever a format stores of a linear: one byte of it changed is found."""
+    honest = built(tmp_path, format, Schemes(scheme))
+    assert honest.measure() == ((0, ""), (0, ""))
+    name = "model.layers.1.mlp.down"
+    for part in (part for part in honest.packed if part.startswith(f"{name}.")):
+        changed = honest.packed[part].clone()
+        changed.view(-1).view(torch.uint8)[-5] ^= 1
+        count, detail = replace(honest, packed={**honest.packed, part: changed}).measure()[0]
+        assert count == 1 and detail.endswith(f"{name}, 1"), part
+
+
+def test_each_linear_is_read_in_its_own_scheme(tmp_path: Path) -> None:
+    own = {"model.layers.1.mlp.down": Scheme(8, 64, True)}
+    build = built(tmp_path, gptq, Schemes(Scheme(4, 32, True), frozenset([KEPT]), own))
+    assert build.measure() == ((0, ""), (0, ""))
+    told = replace(build, schemes=Schemes(Scheme(4, 32, True), frozenset([KEPT])))  # what config.json would say
+    assert told.measure()[0] == (64 * 32, "1 of 3 tensors differ; worst: model.layers.1.mlp.down, 2048")
 
 
 def test_an_honest_packing_has_no_mismatch(build: Build) -> None:

@@ -46,7 +46,7 @@ def planned(made: Any, _: Path, harm: float) -> Inputs:
 def packed(made: Any, folder: Path, harm: float) -> Inputs:
     """Two blocks as quantize writes them, and the model that pack makes of them; harmed: a layer's scales are lost on the way."""
     context, generator = made.Context(format=awq), torch.Generator().manual_seed(0)
-    architecture, scheme = context.architecture, context.scheme
+    architecture, scheme = context.architecture, context.schemes.default
     model: dict[str, torch.Tensor] = {}
     blocks: dict[str, Path] = {}
     folder.mkdir()
@@ -113,4 +113,4 @@ def test_measuring_twice_says_the_same(name: str, made: Any, tmp_path: Path) -> 
 
 
 def test_the_tiny_model_is_whole(made: Any) -> None:
-    assert all(made.Context().scheme.divides(linear.in_features) for linear in made.tiny().linears)
+    assert all(made.Context().schemes.default.divides(linear.in_features) for linear in made.tiny().linears)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +14,14 @@ from torch import Tensor
 
 from buildsys.architecture import Architecture, Linear, Rope
 from buildsys.checks import lint
-from buildsys.formats import awq
+from buildsys.formats import awq, compressed_tensors, gptq, smooth_quant
 from buildsys.io.checkpoint import save
 from buildsys.io.headers import SINGLE
 from buildsys.quant.linear import QuantizedLinear
-from buildsys.scheme import Scheme
+from buildsys.scheme import Scheme, Schemes
+from buildsys.slots import modules
 
+INT8, FP8 = Scheme(8, -1, True, "int", "int8"), Scheme(8, -1, True, "fp8", "fp8")
 Q, DOWN, KEPT = "model.layers.0.attn.q", "model.layers.1.mlp.down", "model.layers.1.attn.q"
 ARCHITECTURE = Architecture(
     model_type="toy",
@@ -51,47 +53,75 @@ class Packed:
 def quantized(scheme: Scheme, linear: Linear, seed: int) -> QuantizedLinear:
     random = torch.Generator().manual_seed(seed)
     groups = (linear.out_features, scheme.groups(linear.in_features))
-    zero = torch.randint(0, 16, groups, dtype=torch.uint8, generator=random)
+    zero = torch.randint(0, scheme.top + 1, groups, dtype=torch.uint8, generator=random)
+    codes = torch.randint(0, scheme.top + 1, (linear.out_features, linear.in_features), dtype=torch.uint8, generator=random)
+    if scheme.number == "fp8":
+        codes[(codes & 0x7F) == 0x7F] = 0  # NaN
     return QuantizedLinear(
-        torch.randint(0, 16, (linear.out_features, linear.in_features), dtype=torch.uint8, generator=random),
+        codes,
         (torch.rand(groups, generator=random) * 0.01 + 0.001).half(),
-        torch.full_like(zero, 8) if scheme.symmetric else zero,
+        torch.full_like(zero, scheme.middle) if scheme.symmetric else zero,
         scheme,
     )
 
 
-def sound(scheme: Scheme) -> dict[str, Tensor]:
-    """A packed model in which layer 1's attn.q stays float."""
+def sound(schemes: Schemes, format: ModuleType = awq) -> dict[str, Tensor]:
+    """A packed model."""
     random = torch.Generator().manual_seed(1)
     tensors = {name: torch.randn(shape, generator=random).half() for name, shape in ARCHITECTURE.tensors().items()}
     for layer in range(2):
         for linear in ARCHITECTURE.linears:
             name = ARCHITECTURE.prefix(layer) + linear.name
-            if name != KEPT:
+            scheme = schemes.of(name)
+            if scheme is not None:
                 del tensors[f"{name}.weight"]
-                tensors |= {f"{name}.{part}": tensor for part, tensor in awq.pack(quantized(scheme, linear, layer)).items()}
+                tensors |= {f"{name}.{part}": tensor for part, tensor in format.pack(quantized(scheme, linear, layer)).items()}
     return tensors
 
 
-def findings(tensors: Mapping[str, Tensor], folder: Path, scheme: Scheme) -> tuple[int, str]:
+def findings(tensors: Mapping[str, Tensor], folder: Path, schemes: Schemes, format: ModuleType = awq) -> tuple[int, str]:
     save(folder / SINGLE, tensors)
     seen: list[Any] = []
     context = SimpleNamespace(
-        device="cpu", architecture=ARCHITECTURE, scheme=scheme, format=awq, skipped=[KEPT], progress=lambda *step: seen.append(step)
+        device="cpu", architecture=ARCHITECTURE, schemes=schemes, format=format, progress=lambda *step: seen.append(step)
     )
     (found,) = lint.measure(lint.Knobs(), {"packed": Packed({SINGLE: folder / SINGLE})}, context)
-    assert found.name == "findings" and found.value == found.low == found.high and seen[-1] == ("lint", 3, 3)
+    count = 4 - len(schemes.left_float)
+    assert found.name == "findings" and found.value == found.low == found.high and seen[-1] == ("lint", count, count)
     limit, bound = lint.FIXED["findings"]
     assert limit.holds(found, bound) == (found.value == 0)
     return int(found.value), found.detail
 
 
-SCHEMES = [Scheme(4, 32), Scheme(4, 64, True), Scheme(4, -1)]
+def leaving(scheme: Scheme) -> Schemes:
+    """Layer 1's attn.q stays float."""
+    return Schemes(scheme, frozenset([KEPT]))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_a_sound_model_has_no_findings(scheme: Scheme, tmp_path: Path) -> None:
-    assert findings(sound(scheme), tmp_path, scheme) == (0, "")
+HELD = [Scheme(4, 32), Scheme(4, 64, True), Scheme(4, -1), Scheme(2, 32), Scheme(3, 64), Scheme(8, -1, True)]
+EVERY = [(format, scheme) for format in modules("formats").values() for scheme in [*HELD, INT8, FP8] if format.accepts(scheme) is None]
+
+each_pair = pytest.mark.parametrize(("format", "scheme"), EVERY, ids=lambda value: str(getattr(value, "QUANT_METHOD", value)))
+
+
+@each_pair
+def test_a_sound_model_has_no_findings(format: ModuleType, scheme: Scheme, tmp_path: Path) -> None:
+    assert findings(sound(leaving(scheme), format), tmp_path, leaving(scheme), format) == (0, "")
+
+
+@each_pair
+def test_a_layer_in_the_wrong_form_is_one_finding(format: ModuleType, scheme: Scheme, tmp_path: Path) -> None:
+    tensors = sound(Schemes(scheme), format)
+    assert findings(tensors, tmp_path, leaving(scheme), format) == (1, f"{KEPT} is quantized; it was to stay float")
+    tensors = sound(leaving(scheme), format)
+    assert findings(tensors, tmp_path, Schemes(scheme), format) == (1, f"{KEPT} holds a float weight; it was to be quantized")
+
+
+def test_linears_with_schemes_of_their_own(tmp_path: Path) -> None:
+    schemes = Schemes(Scheme(4, 32, True), frozenset([KEPT]), {DOWN: Scheme(8, 64, True)})
+    assert findings(sound(schemes, gptq), tmp_path, schemes, gptq) == (0, "")
+    count, detail = findings(sound(leaving(Scheme(4, 32, True)), gptq), tmp_path, schemes, gptq)
+    assert count == 3 and f"{DOWN}.qweight is I32 [16, 64]; it was to be I32 [32, 64]" in detail
 
 
 def changed(name: str, change: Callable[[Tensor], Any]) -> Callable[[dict[str, Tensor]], None]:
@@ -117,6 +147,7 @@ def quantized_instead(tensors: dict[str, Tensor]) -> None:
     tensors |= {f"{KEPT}.{part}": tensor for part, tensor in awq.pack(quantized(Scheme(4, 32), ARCHITECTURE.linears[0], 5)).items()}
 
 
+SCHEMES = leaving(Scheme(4, 32))
 DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "not quantized": (float_instead, f"{Q} holds a float weight; it was to be quantized"),
     "quantized": (quantized_instead, f"{KEPT} is quantized; it was to stay float"),
@@ -149,16 +180,16 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
 
 @pytest.mark.parametrize(("damage", "said"), DAMAGES.values(), ids=DAMAGES)
 def test_each_damage_is_found_once_and_named(damage: Callable[[dict[str, Tensor]], Any], said: str, tmp_path: Path) -> None:
-    tensors = sound(Scheme(4, 32))
+    tensors = sound(SCHEMES)
     damage(tensors)
-    count, detail = findings(tensors, tmp_path, Scheme(4, 32))
+    count, detail = findings(tensors, tmp_path, SCHEMES)
     assert said in detail and count == 1
 
 
 def test_a_moved_zero_under_a_symmetric_scheme(tmp_path: Path) -> None:
-    tensors = sound(Scheme(4, 64, True))
+    tensors = sound(leaving(Scheme(4, 64, True)))
     tensors[f"{Q}.qzeros"] = tensors[f"{Q}.qzeros"] ^ 1
-    count, detail = findings(tensors, tmp_path, Scheme(4, 64, True))
+    count, detail = findings(tensors, tmp_path, leaving(Scheme(4, 64, True)))
     assert count == 1 and f"{Q} has 8 zeros that are not 8" in detail
 
 
@@ -170,9 +201,9 @@ def test_pruned_channels_are_sound(symmetric: bool, tmp_path: Path) -> None:
     codes = linear.codes.clone()
     codes[:, 5] = linear.zero[:, 0]
     codes[7] = linear.zero[7].repeat_interleave(32)
-    tensors = sound(scheme)
+    tensors = sound(leaving(scheme))
     tensors |= {f"{Q}.{part}": tensor for part, tensor in awq.pack(QuantizedLinear(codes, linear.scale, linear.zero, scheme)).items()}
-    assert findings(tensors, tmp_path, scheme) == (0, "")
+    assert findings(tensors, tmp_path, leaving(scheme)) == (0, "")
 
 
 def test_codes_and_zeros_beyond_the_scheme() -> None:
@@ -182,9 +213,48 @@ def test_codes_and_zeros_beyond_the_scheme() -> None:
     assert any("zeros above 7" in what for what in said) and any("has a code of 15, above 7" in what for what in said)
 
 
+def set_byte(value: int) -> Callable[[Tensor], Any]:
+    return lambda tensor: tensor.view(torch.uint8).__setitem__((3, slice(0, 2)), value)
+
+
+EIGHT_BIT_DAMAGES: dict[str, tuple[Scheme, str, Callable[[Tensor], Any], str]] = {
+    "NaN": (FP8, "weight", set_byte(0x7F), "has 2 codes that are NaN"),
+    "-NaN": (FP8, "weight", set_byte(0xFF), "has 2 codes that are NaN"),
+    "hole": (INT8, "weight", lambda tensor: tensor[9].fill_(-128), "holds one code throughout in 1 of 64 output channels"),
+    "fp8 hole": (FP8, "weight", lambda tensor: tensor[:, 3].fill_(1.0), "holds one code throughout in 1 of 64 input channels"),
+    "huge scale": (FP8, "scale", put((5, 0), 147.0), "has 1 scales under which weights leave float16"),
+    "wide scale": (INT8, "scale", put((5, 0), 0.1), "has a scale that does not go with its codes"),
+}
+
+
+@pytest.mark.parametrize(("scheme", "part", "damage", "said"), EIGHT_BIT_DAMAGES.values(), ids=EIGHT_BIT_DAMAGES)
+def test_damage_of_eight_bit_numbers(scheme: Scheme, part: str, damage: Callable[[Tensor], Any], said: str, tmp_path: Path) -> None:
+    tensors = sound(Schemes(scheme), smooth_quant)
+    changed(f"{Q}.{part}", damage)(tensors)
+    assert findings(tensors, tmp_path, Schemes(scheme), smooth_quant) == (1, f"{Q} {said}")
+
+
+@pytest.mark.parametrize("byte", [0x00, 0x80])
+def test_pruned_channels_of_floats_are_sound(byte: int, tmp_path: Path) -> None:
+    """Zero has two signs."""
+    tensors = sound(Schemes(FP8), smooth_quant)
+    changed(f"{Q}.weight", lambda tensor: tensor.view(torch.uint8)[5].fill_(byte))(tensors)
+    assert findings(tensors, tmp_path, Schemes(FP8), smooth_quant) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("format", "part", "at"), [(gptq, "g_idx", 7), (compressed_tensors, "weight_shape", 0)], ids=["a group's index", "a shape"]
+)
+def test_what_is_stored_beside_codes_goes_with_them(format: ModuleType, part: str, at: int, tmp_path: Path) -> None:
+    schemes = Schemes(Scheme(4, 32, True))
+    tensors = sound(schemes, format)
+    tensors[f"{Q}.{part}"][at] += 1
+    assert findings(tensors, tmp_path, schemes, format) == (1, f"{Q} has a {part} that does not go with its codes")
+
+
 def test_the_first_three_are_named_and_the_rest_counted(tmp_path: Path) -> None:
-    tensors = sound(Scheme(4, 32))
+    tensors = sound(SCHEMES)
     for name in ("model.norm.weight", "model.embed.weight", "lm_head.weight", f"{Q}.bias", f"{KEPT}.bias"):
         tensors[name] = torch.full_like(tensors[name], float("nan"))
-    count, detail = findings(tensors, tmp_path, Scheme(4, 32))
+    count, detail = findings(tensors, tmp_path, SCHEMES)
     assert count == 5 and detail.count(";") == 2 and detail.endswith("and 2 more")

@@ -12,6 +12,7 @@ import pytest
 from buildsys.architecture import Architecture, llama_family
 from buildsys.checks import memory
 from buildsys.measurement import Measurement
+from buildsys.scheme import Scheme, Schemes
 
 TARGET = {"gpu": "t4", "count": 1, "session_len": 4096, "max_batch_size": 8}
 Measure = Callable[[Architecture, dict[str, Any] | None], dict[str, Measurement]]
@@ -52,7 +53,9 @@ def test_without_a_target_nothing_is_gated_but_the_knob(made: Any, measure: Meas
 
 
 def test_skipped_layers_weigh_more(made: Any, measure: Measure) -> None:
-    context = made.Context({"target": TARGET, "kv_cache": KV}, made.tiny(), skipped=frozenset({"model.layers.0.mlp.down_proj"}))
+    context = made.Context(
+        {"target": TARGET, "kv_cache": KV}, made.tiny(), schemes=Schemes(Scheme(4, 32), frozenset({"model.layers.0.mlp.down_proj"}))
+    )
     found = memory.measure(memory.Knobs(), {}, context)[0]
     assert found.value > measure(made.tiny(), TARGET)["needed_gib"].value
 

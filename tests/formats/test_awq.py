@@ -8,7 +8,7 @@ import torch
 from buildsys.errors import BuildError
 from buildsys.formats import awq
 from buildsys.quant.linear import QuantizedLinear
-from buildsys.scheme import Scheme
+from buildsys.scheme import Scheme, Schemes
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -65,6 +65,14 @@ def test_other_bits_are_refused(bits: int) -> None:
     assert awq.accepts(Scheme(4, 128)) is None
 
 
+def test_other_numbers_and_several_schemes_are_refused() -> None:
+    assert awq.accepts(Scheme(8, -1, True, "fp8")) == "holds whole numbers, quantization.number is fp8"
+    assert awq.accepts(Scheme(8, -1, True, "int", "int8")) == "is for float activations, quantization.activations is int8"
+    several = awq.mixes([Scheme(4, 128), Scheme(4, 64)])
+    assert several == "holds one scheme for all linears, asked are 4-bit g128 asymmetric, 4-bit g64 asymmetric"
+    assert awq.mixes([Scheme(4, 128)]) is None and awq.keeps_float(["model.layers.0.mlp.down_proj"]) is None
+
+
 def test_what_does_not_fit() -> None:
     assert awq.fits(Scheme(4, 128), 256, 100) == "packs 8 output channels a word, 100 channels do not divide by 8"
     assert awq.fits(Scheme(4, 128), 192, 64) == "groups of 128 input channels do not divide 192"
@@ -72,7 +80,7 @@ def test_what_does_not_fit() -> None:
 
 
 def test_config_is_what_readers_ask_for() -> None:
-    assert awq.config(Scheme(4, 128), ["lm_head", "a.b"]) == {
+    assert awq.config(Schemes(Scheme(4, 128)), ["lm_head", "a.b"]) == {
         "quant_method": "awq",
         "bits": 4,
         "group_size": 128,
@@ -80,13 +88,13 @@ def test_config_is_what_readers_ask_for() -> None:
         "version": "gemm",
         "modules_to_not_convert": ["a.b", "lm_head"],
     }
-    assert awq.config(Scheme(4, 128), [])["modules_to_not_convert"] is None
+    assert awq.config(Schemes(Scheme(4, 128)), [])["modules_to_not_convert"] is None
 
 
 def test_transformers_reads_the_config() -> None:
     from transformers import AwqConfig
 
-    read = AwqConfig.from_dict(awq.config(Scheme(4, 64), ["lm_head"]))
+    read = AwqConfig.from_dict(awq.config(Schemes(Scheme(4, 64)), ["lm_head"]))
     assert (read.bits, read.group_size, read.zero_point, read.format) == (4, 64, True, "gemm")
     assert read.modules_to_not_convert == ["lm_head"]
 
@@ -95,7 +103,7 @@ def test_whole_names_stay_float_exactly() -> None:
     """transformers matches names as regular expressions, vLLM as substrings: layer 1 must not take layer 11 with it."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    kept = awq.config(Scheme(4, 128), ["model.layers.1.mlp.up_proj"])["modules_to_not_convert"]
+    kept = awq.config(Schemes(Scheme(4, 128)), ["model.layers.1.mlp.up_proj"])["modules_to_not_convert"]
     assert not should_convert_module("model.layers.1.mlp.up_proj", kept)
     for other in ("model.layers.11.mlp.up_proj", "model.layers.1.mlp.gate_proj", "model.layers.10.mlp.up_proj"):
         assert should_convert_module(other, kept) and not any(name in other for name in kept)
@@ -106,5 +114,5 @@ def test_whole_names_stay_float_exactly() -> None:
 )
 def test_another_layout_is_refused(change: dict[str, object]) -> None:
     key, value = next(iter(change.items()))
-    with pytest.raises(BuildError, match=f"quantization_config.{key} is {value!r}"):
-        awq.scheme_of(awq.config(Scheme(4, 128), []) | change)
+    with pytest.raises(BuildError, match=f"quantization_config has {key}: {value!r}"):
+        awq.scheme_of(awq.config(Schemes(Scheme(4, 128)), []) | change)

@@ -212,6 +212,27 @@ def test_shards_keep_their_bound(tmp_path: Path) -> None:
     assert [found[name][0][6:11] for name in "abcde"] == ["00001", "00001", "00002", "00002", "00002"]
 
 
+def test_more_shards_than_a_process_may_open_files(tmp_path: Path) -> None:
+    program = f"""
+import resource
+from pathlib import Path
+import torch
+from buildsys.io.checkpoint import Checkpoint, Writer
+folder = Path({str(tmp_path)!r})
+layout = {{f"layers.{{at}}.weight": ("F32", (3, at + 1)) for at in range(90)}}
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+writer = Writer(folder, layout, {{}}, 1)
+for name in reversed(layout):
+    writer.add(name, torch.full(layout[name][1], float(layout[name][1][1])))
+found = Checkpoint({{name: folder / name for name in writer.close()}})
+held = [found.load(name) for name in layout]
+assert all(bool((tensor == tensor.shape[1]).all()) for tensor in held)
+print(len({{found.where(name) for name in layout}}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["90"]
+
+
 def test_transformers_opens_a_shard(tmp_path: Path) -> None:
     names = written(tmp_path, "abcde", 10)
     from safetensors import safe_open

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from buildsys.errors import BuildError
 from buildsys.methods import gptq, rtn
-from buildsys.quant.compensate import BLOCK, compensated, unit_factor
+from buildsys.quant.compensate import BLOCK, compensated, factored, unit_factor
 from buildsys.quant.grid import Grid, min_max
 from buildsys.scheme import Scheme
 
@@ -50,7 +50,7 @@ def wide(grid: Grid) -> Grid:
 def test_the_codes_are_the_textbooks(scheme: Scheme, by_activation: bool) -> None:
     weight, gram = layer()
     grid = min_max(weight, scheme)
-    found = compensated(weight.double(), gram.double(), wide(grid), 0.01, by_activation)
+    found = compensated(weight.double(), factored(gram.double(), 0.01, by_activation), wide(grid))
     expected = textbook(weight, gram, grid, 0.01, by_activation)
     assert torch.equal(found, expected)
     assert not torch.equal(expected, grid.round(weight).double()), "nothing was compensated: the test says nothing"
@@ -58,34 +58,36 @@ def test_the_codes_are_the_textbooks(scheme: Scheme, by_activation: bool) -> Non
 
 def test_float32_differs_from_the_textbook_by_ties_at_most() -> None:
     weight, gram = layer(1)
-    knobs = gptq.Knobs(least_error_grid=False)
-    found = gptq.round_weights(weight, gram, Scheme(4, 64), knobs)
+    knobs = gptq.Knobs(least_error_grid=False, sweeps=0)
+    found = gptq.round_weights(weight, gram, Scheme(4, 64), knobs).linear
     expected = textbook(weight, gram, min_max(weight, Scheme(4, 64)), knobs.damping, True)
     assert (found.codes != expected).float().mean() < 0.01
 
 
 def test_the_order_of_activations_changes_codes_and_groups_stay_where_they_are() -> None:
     weight, gram = layer(2)
-    one, other = (gptq.round_weights(weight, gram, Scheme(4, 64), gptq.Knobs(activation_order=order)) for order in (True, False))
+    both = (gptq.Knobs(activation_order=order, sweeps=0) for order in (True, False))
+    one, other = (gptq.round_weights(weight, gram, Scheme(4, 64), knobs).linear for knobs in both)
     assert torch.equal(one.scale, other.scale) and torch.equal(one.zero, other.zero)
     assert not torch.equal(one.codes, other.codes)
 
 
 def test_the_factor_is_that_of_the_damped_moments() -> None:
     _, gram = layer(3, 48)
-    upper = unit_factor(gram.double(), 0.05)  # a copy, which is used up
+    upper, added, damping = unit_factor(gram.double(), 0.05)  # a copy, which is used up
     damped = gram.double() + 0.05 * gram.double().diagonal().mean() * torch.eye(48, dtype=torch.float64)
     pivots = torch.linalg.cholesky(damped).diagonal()
     torch.testing.assert_close((upper.t() * pivots.square()) @ upper, damped, rtol=0, atol=1e-8)
+    assert damping == 0.05 and torch.allclose(added, (0.05 * gram.double().diagonal().mean()).expand(48))
     assert torch.equal(upper, upper.triu()) and torch.equal(upper.diagonal(), torch.ones(48, dtype=torch.float64))
 
 
 def test_without_correlation_it_is_rounding_to_nearest() -> None:
     weight, gram = layer(4)
-    knobs = gptq.Knobs(least_error_grid=False)
-    nearest = rtn.round_weights(weight, gram, Scheme(4, 32), rtn.Knobs())
+    knobs = gptq.Knobs(least_error_grid=False, sweeps=0)
+    nearest = rtn.round_weights(weight, gram, Scheme(4, 32), rtn.Knobs()).linear
     for flat in (gram.diagonal().diag(), torch.eye(WIDTH), torch.zeros(WIDTH, WIDTH)):
-        found = gptq.round_weights(weight, flat, Scheme(4, 32), knobs)
+        found = gptq.round_weights(weight, flat, Scheme(4, 32), knobs).linear
         assert torch.equal(found.codes, nearest.codes) and torch.equal(found.scale, nearest.scale)
 
 
@@ -96,8 +98,10 @@ def test_a_channel_never_seen_is_rounded_to_nearest_and_disturbs_no_other() -> N
     alive[dead] = False
     gram[dead], gram[:, dead] = 0, 0
     grid = min_max(weight, Scheme(4, 64))
-    codes = compensated(weight, gram, grid, 0.01, True)
+    by = factored(gram, 0.01, True)
+    codes, h = compensated(weight, by, grid), by.h
     assert torch.equal(codes[:, dead], grid.round(weight)[:, dead])
+    assert h.unseen == 4 and h.damping == 0.01
     expected = textbook(weight, gram, grid, 0.01, True)
     assert (codes != expected).float().mean() < 0.01
 
@@ -113,12 +117,14 @@ def test_a_singular_hessian_is_damped_until_it_can_be_inverted(kind: str, dampin
         gram = torch.ones(WIDTH, WIDTH)
     else:  # what rounding in float32 can do to a matrix that is nearly singular
         gram = gram - 1e-3 * gram.diagonal().mean() * torch.eye(WIDTH)
-    found = gptq.round_weights(weight, gram, Scheme(4, 64), gptq.Knobs(damping=damping))
-    nearest = rtn.round_weights(weight, gram, Scheme(4, 64), rtn.Knobs())
+    rounding = gptq.round_weights(weight, gram, Scheme(4, 64), gptq.Knobs(damping=damping))
+    found, nearest = rounding.linear, rtn.round_weights(weight, gram, Scheme(4, 64), rtn.Knobs()).linear
 
     def error(linear: Tensor) -> float:
         return float((((linear - weight) @ gram) * (linear - weight)).sum())
 
+    assert rounding.notes["damping"] >= damping and rounding.notes["unseen_channels"] == 0
+    assert kind == "one token" or damping == 0.01 or rounding.notes["damping"] > damping, "nothing had to be raised"
     assert torch.isfinite(found.dequantize()).all() and error(found.dequantize()) <= error(nearest.dequantize())
 
 
@@ -128,3 +134,8 @@ def test_activations_that_are_no_numbers_are_an_error_and_no_endless_loop(value:
     gram[3, 3] = value
     with pytest.raises(BuildError, match="NaN or infinite"):
         gptq.round_weights(weight, gram, Scheme(4, 64), gptq.Knobs())
+
+
+def test_it_rounds_to_whole_numbers_alone() -> None:
+    assert gptq.accepts(Scheme(4, 64)) is None
+    assert "fp8" in (gptq.accepts(Scheme(8, -1, True, "fp8", "fp8")) or "")

@@ -111,3 +111,12 @@ def test_a_group_of_zeros_has_a_scale() -> None:
         w = torch.zeros(2, 128)
         for grid in (min_max(w, scheme), least_error(w, scheme, torch.zeros(128))):
             assert torch.equal(grid.dequantize(grid.round(w)), w) and (grid.scale > 0).all()
+
+
+@each_scheme
+def test_a_tile_knows_nothing_of_the_next(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, importance = weight(4, rows=11), torch.rand(128, generator=torch.Generator().manual_seed(4))
+    whole = least_error(w, scheme, importance)
+    monkeypatch.setattr("buildsys.quant.grid.TILE", 3 * 128)  # three tiles of three rows, and one of two
+    tiled = least_error(w, scheme, importance)
+    assert torch.equal(tiled.scale, whole.scale) and torch.equal(tiled.zero, whole.zero)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from buildsys.quant import compensate, grid, search
 from buildsys.quant.observe import SiteStats, gram_blocks
+from buildsys.quant.refine import refined
 from buildsys.scheme import Scheme
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels do not run here")
@@ -55,11 +56,17 @@ def test_codes_are_the_twins(scheme: Scheme, ins: int) -> None:
     gram = x.t() @ x / len(x)
     chosen = grid.min_max(weight, scheme)
     there = grid.Grid(chosen.scale.cuda(), chosen.zero.cuda(), scheme)
-    slow = compensate.compensated(weight, gram, chosen, 0.01, True)
-    fast = compensate.compensated(weight.cuda(), gram.cuda(), there, 0.01, True).cpu()
+    by = compensate.factored(gram, 0.01, True)
+    slow, h = compensate.compensated(weight, by, chosen), by.h
+    by_there = compensate.factored(gram.cuda(), 0.01, True)
+    fast, h_there = compensate.compensated(weight.cuda(), by_there, there), by_there.h
 
-    def error(codes: Tensor) -> float:
-        off = chosen.dequantize(codes) - weight
+    def error(codes: Tensor, on: grid.Grid) -> float:
+        off = on.dequantize(codes) - weight
         return float(((off @ gram) * off).sum())
 
-    assert (slow == fast).float().mean() > 0.99 and error(fast) < 1.01 * error(slow)
+    assert (slow == fast.cpu()).float().mean() > 0.99 and error(fast.cpu(), chosen) < 1.01 * error(slow, chosen)
+    slow_grid, slow = refined(weight, h, chosen, slow, 2)
+    fast_grid, fast = refined(weight.cuda(), h_there, there, fast, 2)
+    back = grid.Grid(fast_grid.scale.cpu(), fast_grid.zero.cpu(), scheme)
+    assert (slow == fast.cpu()).float().mean() > 0.95 and error(fast.cpu(), back) < 1.01 * error(slow, slow_grid)

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from buildsys.quant.pack import AWQ_ORDER, dense_width, pack_dense, pack_int32, unpack_dense, unpack_int32
+from buildsys.quant.pack import (
+    AWQ_ORDER,
+    dense_width,
+    from_numbers,
+    pack_dense,
+    pack_int32,
+    to_numbers,
+    unpack_dense,
+    unpack_int32,
+)
 
 BITS = st.sampled_from([2, 3, 4, 8])
 IN_WORDS = st.sampled_from([2, 4, 8])
@@ -31,8 +40,8 @@ def slow_word(values: list[int], bits: int, order: tuple[int, ...]) -> int:
 
 
 @st.composite
-def codes(draw: st.DrawFn, bits: int, multiple: int = 1) -> Tensor:
-    rows, columns = draw(st.integers(0, 4)), draw(st.integers(0, 5)) * multiple
+def codes(draw: st.DrawFn, bits: int, multiple: int = 1, least: int = 0) -> Tensor:
+    rows, columns = draw(st.integers(0, 4)), draw(st.integers(least, 5)) * multiple
     values = st.lists(st.integers(0, 2**bits - 1), min_size=rows * columns, max_size=rows * columns)
     return torch.tensor(draw(values), dtype=torch.uint8).reshape(rows, columns)
 
@@ -50,12 +59,41 @@ def test_dense_is_the_loops_and_comes_back(data: st.DataObject, bits: int, multi
 def test_words_are_the_loops_and_come_back(data: st.DataObject, bits: int) -> None:
     lanes = 32 // bits
     order = tuple(data.draw(st.permutations(range(lanes))))
-    values = data.draw(codes(bits, lanes))
+    values = data.draw(codes(bits, lanes, 1))
     words = pack_int32(values, bits, order)
     assert words.dtype == torch.int32 and words.shape == (values.shape[0], values.shape[1] // lanes)
     runs = values.reshape(values.shape[0], -1, lanes).tolist() if values.numel() else [[] for _ in range(values.shape[0])]
     assert words.tolist() == [[slow_word(run, bits, order) for run in row] for row in runs]
     assert torch.equal(unpack_int32(words, bits, order), values)
+
+
+@given(data=st.data(), bits=BITS)
+def test_words_in_order_are_the_dense_bytes(data: st.DataObject, bits: int) -> None:
+    """What no kernel's own order tells apart: a row as one long number, cut into words."""
+    values = data.draw(codes(bits, 32, 1))
+    words = pack_int32(values, bits)
+    assert words.dtype == torch.int32 and words.shape == (values.shape[0], values.shape[1] * bits // 32)
+    for row, drawn in zip(words.tolist(), values.tolist(), strict=True):
+        number = sum(code << (at * bits) for at, code in enumerate(drawn))
+        assert [word % 2**32 for word in row] == [(number >> (32 * at)) % 2**32 for at in range(len(row))]
+    assert torch.equal(unpack_int32(words, bits), values)
+    assert torch.equal(unpack_int32(words.t().contiguous().t(), bits), values)  # whatever the strides
+
+
+def test_three_bits_run_on_from_word_to_word() -> None:
+    """By hand, as kernels for three bits take them apart: ten codes, two bits of the next; its third, ten, one bit; two bits, ten codes."""
+    values = torch.zeros(1, 32, dtype=torch.uint8)
+    values[0, 10], values[0, 21] = 0b101, 0b110
+    assert pack_int32(values, 3).tolist() == [[0b01 << 30, 0b1, 0b11]]
+
+
+def test_eight_bit_numbers() -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    ints, floats = to_numbers(every, "int"), to_numbers(every, "fp8")
+    assert ints.dtype == torch.int8 and ints.tolist() == list(range(-128, 128))
+    assert floats.dtype == torch.float8_e4m3fn and floats[0x38] == 1.0 and floats[0x7E] == 448.0 and floats[0xFE] == -448.0
+    assert floats.float().isnan().nonzero().flatten().tolist() == [0x7F, 0xFF]
+    assert torch.equal(from_numbers(ints), every) and torch.equal(from_numbers(floats), every)
 
 
 def test_words_by_hand() -> None:
@@ -87,6 +125,6 @@ def test_a_code_too_large_would_spill(bits: int) -> None:
 def test_words_refuse_what_does_not_fill_them() -> None:
     with pytest.raises(ValueError, match="do not fill"):
         pack_int32(torch.zeros(1, 12, dtype=torch.uint8), 4)
-    for bits, order in ((3, None), (4, (0, 1, 2, 3, 4, 5, 6, 6)), (8, AWQ_ORDER)):
+    for bits, order in ((3, tuple(range(10))), (4, (0, 1, 2, 3, 4, 5, 6, 6)), (8, AWQ_ORDER)):
         with pytest.raises(ValueError, match="in no lanes"):
             pack_int32(torch.zeros(1, 32, dtype=torch.uint8), bits, order)

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from buildsys.quant.parallel import Behind, ordered
+from buildsys.quant.parallel import Behind, has_matrix_units, ordered, tensor_cores
 from buildsys.step import Resources
 
 RESOURCES = [Resources(threads, batch) for threads in (1, 2, 5) for batch in (1, 8)]
@@ -99,3 +99,14 @@ def test_what_fails_behind_is_raised_in_front(device: str) -> None:
     with pytest.raises(ValueError, match="first"), Behind("cuda") as behind:
         behind.do(fail)
         raise ValueError("first")
+
+
+def test_products_are_rounded_where_a_cpu_gains_by_it_and_exact_again_afterwards() -> None:
+    one, other = torch.rand(64, 256), torch.rand(256, 64)
+    exact = one @ other
+    with tensor_cores("cpu"):
+        assert torch.equal(one @ other, exact) is not has_matrix_units()
+        torch.testing.assert_close(one @ other, exact, rtol=2**-7, atol=0)
+        inside = list(ordered(lambda _: one @ other, range(8), Resources(3)))
+        assert all(torch.equal(product, one @ other) for product in inside), "a thread multiplies in another way"
+    assert torch.equal(one @ other, exact)

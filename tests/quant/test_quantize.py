@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from buildsys.architecture import SITES
 from buildsys.errors import BuildError
 from buildsys.methods import awq, gptq, rtn
 from buildsys.quant.block import Block
@@ -19,20 +18,21 @@ from buildsys.quant.blocks import load_block
 from buildsys.quant.fold import fold, tied_channels
 from buildsys.quant.model import Model
 from buildsys.quant.observe import calibrate, load_stats
-from buildsys.quant.quantize import Job, Method, block_name, errors_name, quantize, to_half
+from buildsys.quant.quantize import Job, Method, block_name, errors_name, quantize, to_half, told
 from buildsys.quant.rotary import tables
-from buildsys.scheme import Scheme
+from buildsys.scheme import Scheme, Schemes
 from buildsys.step import Resources
 from tests import models
 
 LENGTH, LAYERS, SCHEME = 24, 3, Scheme(4, 32)
+ALL = Schemes(SCHEME)
 SIZES = {"num_hidden_layers": LAYERS, "hidden_size": 64, "intermediate_size": 96}
 AWQ, GPTQ, RTN = Method(awq, awq.Knobs(ratios=4)), Method(gptq, gptq.Knobs()), Method(rtn, rtn.Knobs())
 JOBS = {
-    "awq gptq": Job(SCHEME, (AWQ,), GPTQ, frozenset()),
-    "gptq": Job(SCHEME, (), GPTQ, frozenset()),
-    "awq rtn": Job(SCHEME, (AWQ,), RTN, frozenset()),
-    "rtn": Job(SCHEME, (), RTN, frozenset()),
+    "awq gptq": Job(ALL, (AWQ,), GPTQ),
+    "gptq": Job(ALL, (), GPTQ),
+    "awq rtn": Job(ALL, (AWQ,), RTN),
+    "rtn": Job(ALL, (), RTN),
 }
 
 
@@ -56,7 +56,10 @@ class Bench:
 
 
 def bench(folder: Path, family: str = "llama") -> Bench:
-    model = models.opened(models.FAMILIES[family](folder / "model", **SIZES))
+    """`starved`: a mixture whose last expert is sent nothing."""
+    starved = family == "starved"
+    written = models.FAMILIES["mixtral" if starved else family](folder / "model", **SIZES, **({"num_local_experts": 5} if starved else {}))
+    model = models.opened(models.starve(written) if starved else written)
     tokens, stats = models.tokens(4, LENGTH), folder / "stats"
     stats.mkdir()
     calibrate(model, tokens, stats, Resources(), quiet)
@@ -69,14 +72,26 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def reads(block: Block, hidden: list[Tensor]) -> dict[str, list[Tensor]]:
-    found: dict[str, list[Tensor]] = {site: [] for site in SITES}
+    """What is read at each site, window by window; where an expert is sent few tokens, all of them."""
+    a = block.architecture
+    found: dict[str, list[Tensor]] = {site: [] for site in a.sites}
+    every: dict[str, list[Tensor]] = {site: [] for site in a.sites}
     for h in hidden:
         x = block.attn_in(h)
-        o_in = block.o_in(x, tables(block.architecture, LENGTH))
+        o_in = block.o_in(x, tables(a, LENGTH))
         mlp_in = block.mlp_in(block.after_attention(h, o_in))
-        for site, value in zip(SITES, (x, o_in, mlp_in, block.down_in(mlp_in)), strict=True):
-            found[site].append(value)
-    return found
+        found["attn_in"].append(x)
+        found["o_in"].append(o_in)
+        if a.experts is None:
+            found["mlp_in"].append(mlp_in)
+            found["down_in"].append(block.down_in(mlp_in))
+            continue
+        for expert, (tokens, _) in enumerate(block.routed(mlp_in, a.experts)):
+            for kept, sent in ((found, mlp_in[tokens]), (every, mlp_in)):
+                kept[f"mlp_in.{expert}"].append(sent)
+                kept[f"down_in.{expert}"].append(block.down_in(sent, expert))
+    starved = [site for site in a.sites if every[site] and 16 * sum(map(len, found[site])) < a.width(site)]
+    return found | {site: every[site] for site in starved}
 
 
 def twin(bench: Bench, job: Job) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
@@ -86,21 +101,22 @@ def twin(bench: Bench, job: Job) -> list[tuple[dict[str, Tensor], dict[str, Tens
     for layer in range(a.layers):
         block, stats = bench.model.block(layer), load_stats(bench.stats / block_name(layer))
         for method in job.rescalers:
-            for site in reversed(SITES):
+            for site in reversed(a.scale_sites):
                 readers = [block.weights[f"{linear.name}.weight"] for linear in a.at(site)]
-                scale = method.module.rescale(readers, stats[site], tied_channels(a, site), job.scheme, method.knobs)
+                scale = method.module.rescale(readers, stats[site], tied_channels(a, site), SCHEME, method.knobs)
                 block = block.with_weights(fold(a, block.weights, site, scale))
         linears = {f"{linear.name}.weight" for linear in a.linears}
         block = block.with_weights({name: tensor.half().float() for name, tensor in block.weights.items() if name not in linears})
         codes: dict[str, Tensor] = {}
-        for site in SITES:
+        for site in a.sites:
             hidden = bench.model.embed(bench.tokens)
             for earlier in done:
                 hidden = [earlier.forward(h, tables(a, LENGTH)) for h in hidden]
             # One window's sum after the other: another order would differ in last bits, and GPTQ's ties with them.
-            gram = sum((x.t() @ x for x in reads(block, hidden)[site]), torch.tensor(0.0)) / bench.tokens.numel()
+            read = reads(block, hidden)[site]
+            gram = sum((x.t() @ x for x in read), torch.tensor(0.0)) / sum(map(len, read))
             stacked = torch.cat([block.weights[f"{linear.name}.weight"] for linear in a.at(site)])
-            rounded, row = job.rounder.module.round_weights(stacked, gram, job.scheme, job.rounder.knobs), 0
+            rounded, row = job.rounder.module.round_weights(stacked, gram, SCHEME, job.rounder.knobs).linear, 0
             for linear in a.at(site):
                 rows = slice(row, row + linear.out_features)
                 row, codes[linear.name] = rows.stop, rounded.codes[rows]
@@ -111,7 +127,7 @@ def twin(bench: Bench, job: Job) -> list[tuple[dict[str, Tensor], dict[str, Tens
 
 
 @pytest.mark.parametrize("job", JOBS)
-@pytest.mark.parametrize("family", ["llama", "internlm2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "internlm2", "qwen3", "phi3", "qwen3_moe", "starved"])
 def test_the_walk_is_the_slow_twin(family: str, job: str, tmp_path: Path) -> None:
     made = bench(tmp_path, family)
     made.quantize(JOBS[job], tmp_path / "out")
@@ -143,26 +159,29 @@ def test_a_killed_walk_goes_on_from_its_finished_blocks(job: str, llama: Bench, 
         assert all((folder / name).stat().st_ino == inode for name, inode in before.items()), "a finished block was made again"
 
 
-def test_threads_and_batch_change_no_byte(llama: Bench, tmp_path: Path) -> None:
-    runs = [llama.quantize(JOBS["awq gptq"], tmp_path / f"{t}-{b}", Resources(t, b)) for t in (1, 3) for b in (1, 8)]
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_threads_and_batch_change_no_byte(family: str, tmp_path: Path) -> None:
+    made = bench(tmp_path, family)
+    runs = [made.quantize(JOBS["awq gptq"], tmp_path / f"{t}-{b}", Resources(t, b)) for t in (1, 3) for b in (1, 8)]
     assert all(run == runs[0] for run in runs)
 
 
 def test_what_is_skipped_stays_float(llama: Bench, tmp_path: Path) -> None:
     skipped = frozenset({"model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj", "model.layers.2.self_attn.o_proj"})
-    llama.quantize(Job(SCHEME, (), GPTQ, skipped), tmp_path)
+    llama.quantize(Job(Schemes(SCHEME, skipped), (), GPTQ), tmp_path)
     for layer in range(LAYERS):
         linears, floats = load_block(tmp_path / block_name(layer))
         mine = {name.removeprefix(f"model.layers.{layer}.") for name in skipped if f".{layer}." in name}
         assert {linear.name for linear in llama.model.architecture.linears} - linears.keys() == mine
         for name in mine:
             assert torch.equal(floats[f"{name}.weight"], llama.model.block(layer).weights[f"{name}.weight"].half())
-        assert json.loads((tmp_path / errors_name(layer)).read_text()).keys() == {f"model.layers.{layer}.{name}" for name in linears}
+        noted = json.loads((tmp_path / errors_name(layer)).read_text())
+        assert noted.keys() == {f"model.layers.{layer}", *(f"model.layers.{layer}.{name}" for name in linears)}
 
 
 def test_everything_skipped_is_the_float_model(llama: Bench, tmp_path: Path) -> None:
     every = frozenset(f"model.layers.{at}.{linear.name}" for at in range(LAYERS) for linear in llama.model.architecture.linears)
-    llama.quantize(Job(SCHEME, (AWQ,), GPTQ, every), tmp_path)
+    llama.quantize(Job(Schemes(SCHEME, every), (AWQ,), GPTQ), tmp_path)
     for layer in range(LAYERS):
         linears, floats = load_block(tmp_path / block_name(layer))
         weights = llama.model.block(layer).weights
@@ -173,7 +192,8 @@ def test_everything_skipped_is_the_float_model(llama: Bench, tmp_path: Path) -> 
 @pytest.mark.parametrize("job", ["awq gptq", "awq rtn"])
 def test_errors_are_relative_output_errors(job: str, llama: Bench, tmp_path: Path) -> None:
     llama.quantize(JOBS[job], tmp_path)
-    found = {name: error for layer in range(LAYERS) for name, error in json.loads((tmp_path / errors_name(layer)).read_text()).items()}
+    noted = [json.loads((tmp_path / errors_name(layer)).read_text()) for layer in range(LAYERS)]
+    found = {name: notes["error"] for layer in noted for name, notes in layer.items() if "error" in notes}
     assert len(found) == LAYERS * 7 and all(0 < error < 0.2 for error in found.values())
     # RTN without scales, first block, first site: the float model's own inputs on both sides.
     llama.quantize(JOBS["rtn"], tmp_path / "rtn")
@@ -182,8 +202,37 @@ def test_errors_are_relative_output_errors(job: str, llama: Bench, tmp_path: Pat
     weight = block.weights["self_attn.q_proj.weight"]
     off = load_block(tmp_path / "rtn" / block_name(0))[0]["self_attn.q_proj"].dequantize() - weight
     expected = float((x @ off.t()).square().sum() / (x @ weight.t()).square().sum())
-    told = json.loads((tmp_path / "rtn" / errors_name(0)).read_text())["model.layers.0.self_attn.q_proj"]
-    assert told == pytest.approx(expected, rel=1e-3)
+    first = json.loads((tmp_path / "rtn" / errors_name(0)).read_text())["model.layers.0.self_attn.q_proj"]["error"]
+    assert first == pytest.approx(expected, rel=1e-3)
+
+
+def test_each_block_is_compared_with_its_source(llama: Bench, tmp_path: Path) -> None:
+    llama.quantize(JOBS["awq gptq"], tmp_path)
+    block, cos_sin = llama.model.block(0), tables(llama.model.architecture, LENGTH)
+    linears, floats = load_block(tmp_path / block_name(0))
+    weights = {name: tensor.float() for name, tensor in floats.items()}
+    finished = Block(block.architecture, 0, weights | {f"{name}.weight": linear.dequantize() for name, linear in linears.items()})
+    entering = llama.model.embed(llama.tokens)[:2]
+    wanted = torch.stack([block.forward(h, cos_sin) for h in entering])
+    off = torch.stack([finished.forward(h, cos_sin) for h in entering]) - wanted
+    expected = float(off.square().sum() / (wanted - torch.stack(entering)).square().sum())
+    found = told(tmp_path)["block_errors"]
+    assert found["model.layers.0"] == pytest.approx(expected, rel=1e-4) and len(found) == LAYERS
+    llama.quantize(Job(Schemes(Scheme(8, 32)), (AWQ,), GPTQ), tmp_path / "finer")
+    assert all(told(tmp_path / "finer")["block_errors"][name] < error / 50 for name, error in found.items())
+
+
+@pytest.mark.parametrize("job", ["gptq", "rtn"])
+def test_an_expert_that_saw_too_few_tokens_is_told_of(job: str, tmp_path: Path) -> None:
+    made = bench(tmp_path, "starved")
+    made.quantize(JOBS[job], tmp_path / "out")
+    lonely = [f"model.layers.{layer}.block_sparse_moe.experts.4.{part}" for layer in range(LAYERS) for part in ("w1", "w2", "w3")]
+    assert told(tmp_path / "out")["experts_of_few_tokens"] == dict.fromkeys(lonely, 0)
+    for layer in range(LAYERS):
+        noted = json.loads((tmp_path / "out" / errors_name(layer)).read_text())
+        sent = {name: notes for name, notes in noted.items() if ".experts." in name}
+        assert len(sent) == 3 * 5 and all("tokens" not in noted[name] for name in noted.keys() - sent.keys())
+        assert sum(notes["tokens"] for name, notes in sent.items() if name.endswith("w1")) == 2 * made.tokens.numel()
 
 
 def test_what_float16_cannot_hold_is_refused() -> None:

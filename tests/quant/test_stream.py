@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from buildsys.architecture import SITES, Site
+from buildsys.architecture import Site
 from buildsys.quant.block import Block
 from buildsys.quant.model import Model
 from buildsys.quant.rotary import tables
@@ -34,7 +34,12 @@ def read_at(block: Block, site: Site, h: torch.Tensor) -> torch.Tensor:
     if site == "o_in":
         return o_in
     x = block.mlp_in(block.after_attention(h, o_in))
-    return x if site == "mlp_in" else block.down_in(x)
+    place, _, expert = site.partition(".")
+    if not expert:
+        return x if place == "mlp_in" else block.down_in(x)
+    assert block.architecture.experts is not None
+    x = x[block.routed(x, block.architecture.experts)[int(expert)][0]]
+    return x if place == "mlp_in" else block.down_in(x, int(expert))
 
 
 def model_of(family: str, folder: Path) -> Model:
@@ -48,28 +53,44 @@ def test_each_site_sees_the_linears_rounded_before_it(family: str, threads: int,
     walk, done = Walk(model, tokens, Resources(threads, 2)), []
     for layer in range(3):
         block = model.block(layer)
-        for site in SITES:
+        for site in model.architecture.sites:
             found = walk.gram(block, site)
-            expected = torch.zeros_like(found)
+            expected, seen = torch.zeros_like(found.matrix), 0
             for h in model.embed(tokens):
                 for earlier in done:
                     h = earlier.forward(h, tables(model.architecture, LENGTH))
                 x = read_at(block, site, h)
-                expected += x.t() @ x
-            torch.testing.assert_close(found, expected / tokens.numel(), rtol=1e-5, atol=1e-6)
+                expected, seen = expected + x.t() @ x, seen + len(x)
+            assert found.sent == (seen if "." in site else None) and seen == (seen if "." in site else tokens.numel())
+            torch.testing.assert_close(found.matrix, expected / seen, rtol=1e-5, atol=1e-6)
             block = coarse(block, site)
         walk.finish(block)
         done.append(block)
 
 
-def test_a_replayed_block_is_a_finished_one(tmp_path: Path) -> None:
-    model, tokens = model_of("llama", tmp_path), models.tokens(3, LENGTH)
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_replayed_block_is_a_finished_one(family: str, tmp_path: Path) -> None:
+    model, tokens = model_of(family, tmp_path), models.tokens(3, LENGTH)
     walked, replayed = (Walk(model, tokens, Resources()) for _ in range(2))
     block = model.block(0)
-    for site in SITES:
+    for site in model.architecture.sites:
         walked.gram(block, site)
         block = coarse(block, site)
     walked.finish(block)
     replayed.replay(block)
-    for site in SITES:
-        assert torch.equal(walked.gram(model.block(1), site), replayed.gram(model.block(1), site))
+    for site in model.architecture.sites:
+        assert torch.equal(walked.gram(model.block(1), site).matrix, replayed.gram(model.block(1), site).matrix)
+
+
+def test_all_tokens_stand_in_for_an_expert_that_is_sent_few(tmp_path: Path) -> None:
+    model = models.opened(models.starve(models.tiny_mixtral(tmp_path, num_local_experts=5)))
+    tokens = models.tokens(3, LENGTH)
+    walk, block, rotary = Walk(model, tokens, Resources()), model.block(0), tables(model.architecture, LENGTH)
+    found = {site: walk.gram(block, site) for site in model.architecture.sites}
+    hidden = [block.after_attention(h, block.o_in(block.attn_in(h), rotary)) for h in model.embed(tokens)]
+    x = torch.cat([block.mlp_in(h) for h in hidden])
+    for site, read in (("mlp_in.4", x), ("down_in.4", block.down_in(x, 4))):
+        assert found[site].sent == 0
+        torch.testing.assert_close(found[site].matrix, read.t() @ read / len(x), rtol=1e-5, atol=1e-6)
+    told = [found[f"mlp_in.{expert}"].sent for expert in range(5)]
+    assert sum(sent or 0 for sent in told) == 2 * tokens.numel() and told == [found[f"down_in.{expert}"].sent for expert in range(5)]

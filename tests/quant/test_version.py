@@ -14,18 +14,29 @@ from torch import Tensor
 
 from buildsys import quant
 from buildsys.methods import awq, rtn
+from buildsys.quant.activations import fake_quantize as fake_quantize_activations
 from buildsys.quant.blocks import save_block
-from buildsys.quant.compensate import compensated
+from buildsys.quant.compensate import compensated, factored
 from buildsys.quant.grid import Grid, least_error, min_max
 from buildsys.quant.kv import fake_quantize
 from buildsys.quant.linear import QuantizedLinear
 from buildsys.quant.observe import SiteStats, gram_blocks
 from buildsys.quant.pack import pack_dense
+from buildsys.quant.refine import refined
 from buildsys.scheme import Scheme
 
 GOLDEN = {
     1: "26885af3275ac70e7a3f265c13cad8c684182b7436b359793c57f965e9b9e6d0",
+    2: "0bdd5c6fba9490cab15472b46de66463d54c44a42f0247ec12bb32ef59ce46fc",
 }
+SCHEMES = (
+    Scheme(4, 128),
+    Scheme(3, 32),
+    Scheme(2, 64, True),
+    Scheme(8, -1),
+    Scheme(8, -1, True, "int", "int8"),
+    Scheme(8, -1, True, "fp8", "fp8"),
+)
 WHAT_TO_DO = """quant/ writes other bytes for equal input, so every step that it computed before is stale.
 If that was not meant, undo it. If it was: set buildsys.quant.VERSION to {next} (and a method's own, where it changed),
 and add to GOLDEN in this file
@@ -57,20 +68,25 @@ def digest(folder: Path) -> str:
     add(gram, blocks)
     stats = SiteStats(x.abs().sum(0) / 64, x.abs().amax(0), blocks)
     linears: dict[str, QuantizedLinear] = {}
-    for scheme in (Scheme(4, 128), Scheme(3, 32), Scheme(2, 64, True), Scheme(8, -1)):
-        linears[str(scheme)] = rtn.round_weights(weight, gram, scheme, rtn.Knobs())
+    for scheme in SCHEMES:
+        linears[str(scheme)] = rtn.round_weights(weight, gram, scheme, rtn.Knobs()).linear
         for grid in (min_max(weight, scheme), least_error(weight, scheme, gram.diagonal())):
             add(grid.scale, grid.zero)
             add_linear(grid.linear(grid.round(weight)))
-    # The column loop divides, so its codes hang on last bits where a value is near a tie; in float64 none is near enough.
+    # The column loops divide, so their codes hang on last bits where a value is near a tie; in float64 none is near enough.
     narrow, tall = whole_numbers(4, 192, 100, 3) / 256, whole_numbers(384, 192, 8, 4)
     grid = min_max(narrow, Scheme(4, 64))
     exact = Grid(grid.scale.double(), grid.zero.double(), grid.scheme)
     for by_activation in (True, False):
-        add(compensated(narrow.double(), (tall.t() @ tall / 256).double(), exact, 0.01, by_activation).to(torch.uint8))
+        by = factored((tall.t() @ tall / 256).double(), 0.01, by_activation)
+        codes = compensated(narrow.double(), by, exact)
+        better, best = refined(narrow.double(), by.h, exact, codes, 2)
+        add(codes.to(torch.uint8), best.to(torch.uint8), better.scale.half())
     add((awq.rescale([weight], stats, None, Scheme(4, 128), awq.Knobs()).log2() * 64).round())
     for bits in (8, 4):
         add(fake_quantize(weight, bits))
+    for to in ("int8", "fp8"):
+        add(fake_quantize_activations(weight, to))
     save_block(folder / "block.safetensors", linears, {"norm.weight": weight[0].half()})
     made.update((folder / "block.safetensors").read_bytes())
     return made.hexdigest()

@@ -34,7 +34,7 @@ from buildsys.release import pickles
 from buildsys.release.audit import MAX_BYTES, Audit, audit
 from buildsys.release.provenance import ENVELOPE, RECIPE, SIGNATURE, STATEMENT, SUMS, document, sums
 from buildsys.release.signing import Signer, hint
-from buildsys.scheme import Scheme
+from buildsys.scheme import Scheme, Schemes
 
 
 def look(folder: Path, key: Path | None = None) -> Audit:
@@ -364,7 +364,7 @@ def packed(folder: Path, family: str = "llama") -> Path:
     made = folder / "model"
     made.mkdir()
     save(made / "model.safetensors", tensors)
-    said = deploy.config(json.loads((source / "config.json").read_text()), awq.config(scheme, []))
+    said = deploy.config(json.loads((source / "config.json").read_text()), awq.config(Schemes(scheme), []))
     (made / "config.json").write_text(json.dumps(said))
     shutil.copyfile(source / "tokenizer.json", made / "tokenizer.json")
     return made
@@ -414,13 +414,17 @@ def configured(folder: Path, **changed: Any) -> Path:
 
 
 QUANTIZED = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 UNKNOWN: dict[str, tuple[dict[str, Any], str]] = {
-    "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method gptq is not known"),
+    "hqq": ({"quantization_config": {"quant_method": "hqq", "bits": 4}}, "quant_method hqq is not known"),
+    "an expression": ({"quantization_config": GPTQ | {"dynamic": {"-:.*(a+)+$": {}}}}, "names modules by the expression '.*(a+)+$'"),
+    "act order": ({"quantization_config": GPTQ | {"desc_act": True}}, "has desc_act: True, not False"),
+    "no groups": ({"quantization_config": {"quant_method": "compressed-tensors", "quantization_status": "compressed"}}, "no config_groups"),
     "no method": ({"quantization_config": {}}, "quant_method None is not known"),
     "no object": ({"quantization_config": [1]}, "quant_method None is not known"),
     "odd method": ({"quantization_config": {"quant_method": ["awq"]}}, "is not known"),
-    "another layout": ({"quantization_config": QUANTIZED | {"version": "gemv"}}, "version is 'gemv'"),
-    "an odd group": ({"quantization_config": QUANTIZED | {"group_size": 7}}, "group_size is 7"),
+    "another layout": ({"quantization_config": QUANTIZED | {"version": "gemv"}}, "has version: 'gemv', not 'gemm'"),
+    "an odd group": ({"quantization_config": QUANTIZED | {"group_size": 7}}, "has group_size: 7; known are 32, 64, 128, -1"),
     "does not divide": ({"intermediate_size": 264}, "groups of 32 input channels do not divide 264"),
     "an architecture": ({"architectures": ["MambaForCausalLM"]}, "architecture MambaForCausalLM is not implemented"),
     "no architecture": ({"architectures": [[]]}, "names no architecture"),
@@ -452,9 +456,9 @@ def test_a_layer_that_stays_float(tmp_path: Path) -> None:
         tensors.update({name: source.load(name).half() for name in source.names() if ".layers.1." in name})
 
     resaved(folder, leave)
-    configured(folder, quantization_config=awq.config(Scheme(4, 32), ["model.layers.1."]))
+    configured(folder, quantization_config=awq.config(Schemes(Scheme(4, 32)), ["model.layers.1."]))
     assert "7 packed linears are sound" in told(look(folder), "weights")
-    configured(folder, quantization_config=awq.config(Scheme(4, 32), []))
+    configured(folder, quantization_config=awq.config(Schemes(Scheme(4, 32)), []))
     assert "holds a float weight; it was to be quantized" in found(folder)["model.safetensors"]
 
 

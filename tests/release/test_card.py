@@ -21,6 +21,7 @@ from markdown_it import MarkdownIt
 from buildsys import footprint, gpus
 from buildsys.located import Located
 from buildsys.measurement import Measurement, Verdict
+from buildsys.plan import linears
 from buildsys.release.card import card, front_matter, license_of, plain
 from buildsys.release.facts import Facts, Ran, gather
 from buildsys.release.resolved import resolved
@@ -80,10 +81,11 @@ def facts(folder: Path, text: str = RECIPE, name: str = "tiny", config: dict[str
     recipe = Workspace(folder).load(name)
     config = config or CONFIG
     architecture, module = describe(config, "config.json")
-    target = recipe.target
+    surveyed = SimpleNamespace(architecture=architecture, turbomind=module.TURBOMIND, config=config)
+    target, layers = recipe.target, linears(recipe, surveyed)[0]  # type: ignore[arg-type]
     serving = target and footprint.serving(
         architecture,
-        recipe.quantization.scheme,
+        layers.schemes,
         gpus.GPUS[target.gpu],
         kv_policy=recipe.kv_cache.policy,
         max_entry_count=recipe.kv_cache.max_entry_count,
@@ -94,7 +96,8 @@ def facts(folder: Path, text: str = RECIPE, name: str = "tiny", config: dict[str
     plan = SimpleNamespace(
         name=recipe.name,
         recipe=recipe,
-        survey=SimpleNamespace(architecture=architecture, turbomind=module.TURBOMIND, config=config),
+        survey=surveyed,
+        layers=layers,
         source=Located(more.pop("files", {}), how={"hub": "hf_hub", "commit": "of today"}),
         artifact=SimpleNamespace(knobs={**knobs, "target": target and target.model_dump()}, needs=(Need("source", FETCH),)),
         serving=serving,
@@ -217,6 +220,50 @@ def test_it_says_how_to_serve_it(tmp_path: Path) -> None:
 def test_a_model_with_code_of_its_own_is_not_for_transformers(tmp_path: Path) -> None:
     shown = card(facts(tmp_path, config={**CONFIG, "auto_map": {"AutoModel": "x.Y"}}))
     assert "AutoModelForCausalLM" not in shown and "vLLM loads" in shown and "library_name: lmdeploy" in shown
+
+
+def test_a_model_written_as_a_llama_is_for_transformers(tmp_path: Path) -> None:
+    theirs = {
+        **CONFIG,
+        "architectures": ["InternLM2ForCausalLM"],
+        "model_type": "internlm2",
+        "bias": False,
+        "auto_map": {"AutoModel": "x.Y"},
+    }
+    kept = card(facts(tmp_path / "kept", config=theirs))
+    assert "; InternLM2ForCausalLM, 22 layers" in kept and "AutoModelForCausalLM" not in kept and "library_name: lmdeploy" in kept
+    made = card(facts(tmp_path / "made", RECIPE.replace("format: awq", "format: {awq: {as: llama}}"), config=theirs))
+    assert "; InternLM2ForCausalLM, written as LlamaForCausalLM, 22 layers" in made
+    assert "AutoModelForCausalLM" in made and "library_name: transformers" in made
+
+
+MIXTRAL = {**CONFIG, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+EVEN, OTHER = "bits: 4, symmetric: true", 'overrides: {"layers.0.*": {bits: 8}}'
+LOADED: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    # format, quantization, model: what transformers is told, nothing where it reads no such model
+    "awq": ("awq", "bits: 4", CONFIG, 'from_pretrained(".", device_map="auto")'),
+    "gptq": ("gptq", EVEN, CONFIG, 'from_pretrained(".", device_map="auto")'),
+    "gptq of two schemes": ("gptq", f"{EVEN}, {OTHER}", CONFIG, ""),
+    "gptq, mixed": ("gptq", f"{EVEN}, mixed: {{budget_bits: 5.0}}", CONFIG, ""),
+    "gptq, a layer float": ("gptq", f"{EVEN}, skip: [lm_head, layers.0.*]", CONFIG, ""),
+    "compressed_tensors": ("compressed_tensors", f"{EVEN}, {OTHER}", CONFIG, 'from_pretrained(".", device_map="auto")'),
+    "zeros": ("compressed_tensors", "bits: 4", CONFIG, 'device_map="auto", quantization_config=CompressedTensorsConfig(dequantize=True))'),
+    "experts, awq": ("awq", "bits: 4", MIXTRAL, ""),
+    "experts, gptq": ("gptq", EVEN, MIXTRAL, ""),
+    "experts, compressed_tensors": ("compressed_tensors", EVEN, MIXTRAL, 'from_pretrained(".", device_map="auto")'),
+    "experts of two schemes": ("compressed_tensors", f"{EVEN}, {OTHER}", MIXTRAL, ""),
+}
+
+
+@pytest.mark.parametrize(("format", "quantization", "config", "load"), LOADED.values(), ids=LOADED)
+def test_what_transformers_is_told(format: str, quantization: str, config: dict[str, Any], load: str, tmp_path: Path) -> None:
+    text = RECIPE.replace("format: awq", f"format: {format}").replace("bits: 4", quantization)
+    shown = card(facts(tmp_path, text, config=config))
+    assert "vllm serve" in shown and f"library_name: {'transformers' if load else 'lmdeploy'}\n" in shown
+    python = [content for info, content in fences(shown) if info == "python"]
+    assert len(python) == bool(load) and all(load in content for content in python)
+    for content in python:
+        compile(content, "card", "exec")
 
 
 def test_the_recipe_is_there_in_full(tmp_path: Path) -> None:
