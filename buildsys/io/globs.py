@@ -84,7 +84,7 @@ _MEANINGS = {"**/": "(?:.+/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
 def _regex(pattern: str) -> str:
     def meaning(sign: str) -> str:
-        if len(sign) > 2 and sign[0] == "[":
+        if len(sign) > 2 and sign[0] == "[" and sign not in ("[!]", "[^]"):  # those are never closed: they stand for themselves
             inner = sign[1:-1].replace("\\", r"\\").replace("[", r"\[")
             return f"[^{inner[1:]}]" if inner[0] in "!^" else f"[{inner}]"
         return _MEANINGS.get(sign) or re.escape(sign)

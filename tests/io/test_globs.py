@@ -30,6 +30,7 @@ NAMES = ("README.md", "data/train-00000-of-00001.parquet", "data/deep/er/x.json"
         ("e*/b*", ["en/b.json.gz"]),
         ("*/b.json", []),
         ("x[.json", []),
+        ("[^]", []),
         ("x.jso", []),
     ],
 )
