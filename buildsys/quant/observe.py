@@ -185,8 +185,9 @@ def _sums(on: Callable[[str], Observe], hidden: list[Tensor], resources: Resourc
         return total
 
     first, *others = on_each(share, len(hidden), resources.devices)
-    for other in others:
-        _add(first, {name: value.to(first[name].device) for name, value in other.items()})
+    home = torch.device(resources.devices[0])
+    for other in others:  # of few units a device may have none, and of few tokens an expert
+        _add(first, {name: value if value.device.type == "cpu" else value.to(home) for name, value in other.items()})
     return first
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -58,6 +58,7 @@ def on_each(work: Callable[[str, range], Result], count: int, devices: Sequence[
             return work(device, share)
 
     begun = [_thread(device).submit(there, device, share) for device, share in zip(devices, shares, strict=True)]
+    wait(begun)  # nobody goes on behind the back of whoever is told of an error
     return [one.result() for one in begun]
 
 
