@@ -188,7 +188,7 @@ def _unlike(recipe: Recipe, a: Architecture, schemes: Schemes) -> Iterator[Build
 def _too_few_bits(recipe: Recipe, a: Architecture, schemes: Schemes) -> Iterator[BuildError]:
     """A budget that the smallest choice for every linear breaks."""
     mixed = recipe.quantization.mixed
-    if mixed is not None:
+    if mixed is not None and any(schemes.of(a.prefix(at) + linear.name) for at in range(a.layers) for linear in a.linears):
         least = least_bits(a, schemes, tuple(fused(a)), mixed.bits)
         if least > mixed.budget_bits:
             yield too_small(mixed.budget_bits, least, recipe.at("quantization", "mixed", "budget_bits"))
@@ -207,12 +207,23 @@ def misfits(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> list[BuildErr
         made = _relaid(recipe, surveyed)
     except BuildError as error:
         return [error]
-    bits = recipe.quantization.mixed.bits if recipe.quantization.mixed is not None else ()
-    for linear in reversed({(one.role, one.in_features, one.out_features): one for one in reversed(made.architecture.linears)}.values()):
-        name = made.parts[linear.name].name  # as the recipe calls it
-        found = {schemes.of(a.prefix(at) + name): a.prefix(at) + name for at in reversed(range(a.layers))}
-        found |= {replace(scheme, bits=few): name for scheme, name in found.items() if scheme is not None for few in bits}
-        errors += [error for scheme, name in found.items() if scheme is not None for error in _unfit(recipe, name, linear, scheme)]
+    default, mixed = recipe.quantization.scheme, recipe.quantization.mixed
+    seen, kinds = set(), dict[Scheme, None]()
+    for linear, layer in ((linear, layer) for linear in made.architecture.linears for layer in range(a.layers)):
+        name = a.prefix(layer) + made.parts[linear.name].name  # as the recipe calls it
+        scheme = schemes.of(name)
+        if scheme is None:
+            continue
+        kinds[scheme] = None
+        few = [replace(scheme, bits=bits) for bits in mixed.bits] if mixed is not None and scheme.bits == default.bits else []
+        for kind in (scheme, *few):
+            if (linear.role, linear.in_features, linear.out_features, kind) not in seen:
+                seen.add((linear.role, linear.in_features, linear.out_features, kind))
+                errors += _unfit(recipe, name, linear, kind)
+    reason = recipe.format.module.mixes(tuple(kinds)) if len(kinds) > 1 else None
+    if reason is not None:
+        fix = "give all linears one scheme, or name another format"
+        errors.append(BuildError(recipe.at("quantization", "overrides"), f"format {recipe.format.name} {reason}", fix))
     reason = recipe.format.module.keeps_float([*sorted(schemes.left_float), *a.routers()])
     if reason is not None:
         where, fix = recipe.at("format"), "name another format"

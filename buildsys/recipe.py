@@ -107,7 +107,7 @@ class Quantization(Frozen):
     def kinds(self) -> tuple[Scheme, ...]:
         """Each scheme that the recipe names, once, the default first. (Where patterns overlap, planning knows what comes of it.)"""
         default = self.scheme
-        own = [override.scheme(default) for override in self.overrides.values() if not override.skip]
+        own = [override.scheme(default) for override in self.overrides.values()]  # also where it skips: a later pattern may not
         chosen = [replace(default, bits=bits) for bits in self.mixed.bits] if self.mixed is not None else []
         return tuple(dict.fromkeys((default, *own, *chosen)))
 

@@ -414,3 +414,22 @@ def test_outlook_shows_memory_and_what_a_build_takes(workspace: Path) -> None:
     bar = text[text.index("[") + 1 : text.index("]")]
     assert len(bar) == 48 and set(bar) <= set(".#=+ ") and "=" in bar and "on t4, 14.6 GiB" in text
     assert made.serving is not None and f"{made.serving.kv_bytes_per_token:,} bytes of KV a token" in text
+
+
+def test_schemes_that_overlapping_patterns_come_to_are_judged_too(workspace: Path) -> None:
+    several = 'overrides: {"mlp.*": {skip: true, symmetric: true}, down_proj: {skip: false}}'
+    errors = refused(workspace, ("format: awq", "format: gptq"), ("group_size: 32", f"group_size: 32, {several}"))
+    assert any("stores zeros less one for a whole model or for none of it" in what for _, what, _ in errors)
+
+
+def test_each_expert_is_looked_at(workspace: Path) -> None:
+    shutil.rmtree(workspace / MODEL)
+    models.tiny_mixtral(workspace / MODEL, intermediate_size=96)
+    errors = refused(workspace, *overridden("experts.1.w2: {group_size: 64}"))
+    assert [what for _, what, _ in errors if "does not divide the 96 input channels" in what and "experts.1.w2" in what], errors
+
+
+def test_a_budget_for_no_linear(workspace: Path) -> None:
+    edits = (("format: awq", "format: gptq"), ("group_size: 32", "group_size: 32, mixed: {budget_bits: 5.0, bits: [4, 8]}"))
+    errors = refused(workspace, *edits, skip("lm_head", "*"))
+    assert any("matches every linear" in what for _, what, _ in errors)

@@ -34,7 +34,7 @@ class Knobs(Frozen):
 
 def accepts(scheme: Scheme) -> str | None:
     """Why these codes cannot be had, or None."""
-    return "rounds to whole numbers, quantization.number is fp8; put rtn in its place" if scheme.number == "fp8" else None
+    return "rounds to whole numbers, quantization.number is fp8" if scheme.number == "fp8" else None
 
 
 def round_weights(weight: Tensor, gram: Tensor, scheme: Scheme, knobs: Knobs, devices: Sequence[str] = ()) -> Rounding:

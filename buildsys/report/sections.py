@@ -176,7 +176,7 @@ def _part(facts: Facts, tensor: str) -> str:
     if tensor in (architecture.embed, architecture.lm_head):
         return "embeddings" if tensor == architecture.embed else "output head"
     role = next((each.role for each in architecture.linears if tensor.endswith(f".{each.name}.weight")), None)
-    return "norms and biases" if role is None else "MLP" if role in ("gate", "up", "down") else "attention"
+    return "norms and biases" if role is None else "MLP" if role in ("gate", "up", "gate_up", "down") else "attention"
 
 
 def parts_of(shares: Mapping[str, float]) -> list[Part]:
