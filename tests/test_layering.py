@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("quant",),
     SLOTS,
     ("recipe", "survey"),
+    ("linears",),
     ("workspace", "plan"),
     ("recipe_schema", "history", "outlook", "verdict", "steps", "worker"),
     ("release",),
