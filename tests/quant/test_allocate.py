@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from buildsys.architecture import Linear, Site
+from buildsys.architecture import Linear, Site, fused
 from buildsys.errors import BuildError
 from buildsys.methods import awq, rtn
-from buildsys.plan import fused
 from buildsys.quant import allocate
 from buildsys.quant.allocate import measure, sample
 from buildsys.quant.block import Block

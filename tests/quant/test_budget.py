@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buildsys.architecture import Linear
+from buildsys.architecture import Linear, fused
 from buildsys.errors import BuildError
-from buildsys.plan import fused
 from buildsys.quant.budget import Group, Option, average_bits, choices, least_bits, saving, size_bits, spend, table
 from buildsys.scheme import Bits, Scheme, Schemes
 from tests import models
