@@ -32,9 +32,9 @@ import yaml
 from torch import Tensor
 
 from buildsys import steps
-from buildsys.deploy import PROFILE
 from buildsys.plan import plan
 from buildsys.quant.sample import greedy
+from buildsys.serving.settings import PROFILE, Settings
 from buildsys.step import Request, Resources
 from buildsys.store import Store
 from buildsys.workspace import Workspace
@@ -255,10 +255,10 @@ def kill(group: int) -> None:
 def answer(folder: Path, case: str) -> None:
     """Prints the outcome of one case."""
     artifact = folder / "artifacts" / case
-    profile = yaml.safe_load((artifact / PROFILE).read_text())
-    engine = profile.pop("backend")
+    profile = Settings.read(artifact / PROFILE)
+    engine = profile.backend
     texts, logits = reference(folder, case)
-    serving = serve(str(artifact), engine, profile)
+    serving = serve(str(artifact), engine, profile.keywords())
     outcome = judged(case, engine, texts, speak(serving, decided.prompts()), logits)
     if engine != engine_of(case):
         outcome = replace(outcome, failed=(*outcome.failed, f"{PROFILE} names {engine}, {engine_of(case)} serves this"))

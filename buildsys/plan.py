@@ -9,7 +9,6 @@ from typing import Any
 
 from buildsys import footprint, gpus
 from buildsys.architecture import Linear
-from buildsys.deploy import PROFILE
 from buildsys.errors import BuildError, BuildErrors
 from buildsys.linears import Linears, linears
 from buildsys.located import Located
@@ -17,6 +16,7 @@ from buildsys.quant import VERSION as QUANT
 from buildsys.recipe import Recipe
 from buildsys.relayout import Relayout, relayout
 from buildsys.scheme import Scheme, Schemes
+from buildsys.serving.settings import PROFILE
 from buildsys.slots import Choice, modules
 from buildsys.step import Need, Step
 from buildsys.store import Store
@@ -28,15 +28,17 @@ WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 CHAT = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json")
 """Beside the tokenizer, what turns a conversation into text, and special tokens into their ids."""
 
+SERVED = ("rope_scaling", "tool_call_parser")
+"""Knobs of the target that change no number that planning knows."""
+
 CHOSEN = "schemes.json"
 """What allocate writes: the scheme of each linear."""
 
 VERSIONS = MappingProxyType(
     {
         **dict.fromkeys(("fetch", "tokens", "disjoint", "calibrate", "allocate", "measure", "generate"), 1),
-        **dict.fromkeys(("assemble", "score"), 2),
-        "quantize": 2,
-        "pack": 3,
+        **dict.fromkeys(("quantize", "score"), 2),
+        **dict.fromkeys(("assemble", "pack"), 3),
     }
 )
 """Of the steps' own glue in steps.py; arithmetic, methods, formats and checks have VERSIONs of their own, which are in the keys too."""
@@ -180,9 +182,7 @@ def _target_misfits(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> list[
         several = "leave target out: vLLM reads several schemes in one model, and no engine of LMDeploy"
         fix = several if len(kinds) > 1 else "name another GPU or format"
         errors.append(BuildError(recipe.at("target", "gpu"), f"target.gpu: {reason}", fix))
-    if target.session_len is not None and target.session_len > surveyed.architecture.max_positions:
-        what = f"target.session_len is {target.session_len}; the model has {surveyed.architecture.max_positions} positions"
-        errors.append(BuildError(recipe.at("target", "session_len"), what, f"set session_len: {surveyed.architecture.max_positions}"))
+    errors += _positions(recipe, surveyed)
     serving = _serving(recipe, surveyed, schemes)
     if serving is not None and not serving.fits:
         gib = footprint.GIB
@@ -190,6 +190,31 @@ def _target_misfits(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> list[
         what += f"of the KV pool, {serving.memory_bytes / gib:.1f} GiB are there: {-serving.spare_bytes / gib:.1f} GiB too few"
         errors.append(BuildError(recipe.at("target"), f"target {target.gpu} x {target.count}: {what}", serving.hint))
     return errors
+
+
+def _positions(recipe: Recipe, surveyed: Survey) -> Iterator[BuildError]:
+    """Sessions beyond the model's own positions, where these are not stretched or cannot be."""
+    assert recipe.target is not None
+    asked, own, rope = recipe.target.rope_scaling, surveyed.architecture.max_positions, surveyed.architecture.rope
+    session_len = _session_len(recipe, surveyed)
+    said = f"target.session_len is {session_len}; the model has {own} positions"
+    if asked is None and session_len <= own:
+        return
+    if asked is not None and session_len <= own:
+        fix = f"leave rope_scaling out, or set a session_len beyond {own}"
+        yield BuildError(recipe.at("target", "rope_scaling"), f"target.rope_scaling: {asked} has nothing to stretch: {said}", fix)
+        return
+    within, lacks = f"set session_len: {own}", None
+    if rope.kind not in ("default", "dynamic"):
+        lacks = f"a rule of its own for them, {rope.kind}, which is not stretched again"
+    elif engine(recipe, surveyed)[0] != "turbomind":
+        lacks = "no TurboMind to serve it, and LMDeploy's PyTorch engine turns all sessions of a batch by its longest one"
+    if asked is not None and lacks is not None:
+        fix = f"{within} and leave rope_scaling out"
+        yield BuildError(recipe.at("target", "rope_scaling"), f"target.rope_scaling: {asked} stretches no such model: it has {lacks}", fix)
+    elif asked is None:
+        fix = f"{within}, or rope_scaling: dynamic beside it" if lacks is None else within
+        yield BuildError(recipe.at("target", "session_len"), said, fix)
 
 
 def engine(recipe: Recipe, surveyed: Survey) -> tuple[str, tuple[str, ...]]:
@@ -327,18 +352,17 @@ class Graph:
             found = located(self.recipe, (section, key), dataset, self.store)
             text = self.fetch(f"{section} text", "datasets", dataset.name, found)
             if module.READS == "chat":
-                self._has_template(section, key)
+                fix = "use text_files for a base model, or the chat model of its family as the source"
+                self._has_template(section, key, "the dataset holds conversations", fix)
             needs = [Need("source", source, self._tokenizer(module.READS == "chat")), Need("text", text)]
         title = f"{section} {dataset.name} {asked.samples} x {asked.seqlen}, seed {asked.seed}"
         return self._step("tokens", title, knobs, *needs, hints={"where": where}, computes=module.READS == "model")
 
-    def _has_template(self, section: str, key: str) -> None:
+    def _has_template(self, section: str, key: str, needed: str, fix: str) -> None:
         from buildsys.io.chat import has_template
 
         if not has_template(self.located.files):
-            what = "the model has no chat template, and the dataset holds conversations"
-            fix = "use text_files for a base model, or the chat model of its family as the source"
-            raise BuildError(self.recipe.at(section, key), what, fix)
+            raise BuildError(self.recipe.at(section, key), f"the model has no chat template, and {needed}", fix)
 
     def _tokenizer(self, chat: bool) -> tuple[str, ...]:
         """Files of the source that turn text into tokens; tokenizer.json says it all, a sentencepiece model leaves added tokens out."""
@@ -396,6 +420,8 @@ class Graph:
     def assemble(self, source: Step, packed: Step, files: tuple[str, ...]) -> Step:
         """Everything of the source that is not weights, the packed weights, and how to serve them."""
         target = self.recipe.target.model_dump() if self.recipe.target is not None else None
+        if self.recipe.target is not None and self.recipe.target.tool_call_parser is not None:
+            self._has_template("target", "tool_call_parser", "a server calls tools through it", "leave tool_call_parser out")
         knobs = {
             **self._packing,
             "model": self.surveyed.computed,
@@ -479,6 +505,6 @@ class Graph:
         """What planning knows, for the checks that ask for it."""
         kv_cache = self.recipe.kv_cache.model_dump()
         if "plan" in reads:
-            target = self.recipe.target.model_dump() if self.recipe.target is not None else None
+            target = self.recipe.target.model_dump(exclude=set(SERVED)) if self.recipe.target is not None else None
             return {"kv_cache": kv_cache, "target": target}
         return {"kv_cache": {"policy": kv_cache["policy"]}} if "kv_scores" in reads else {}

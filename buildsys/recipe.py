@@ -19,6 +19,7 @@ from buildsys.document import Document, Where
 from buildsys.errors import BuildError, BuildErrors
 from buildsys.overlay import is_inside, lexical, settle
 from buildsys.scheme import Activations, Bits, GroupSize, Number, Scheme
+from buildsys.serving.settings import RopeScaling, ToolCallParser
 from buildsys.slots import Choice, Frozen, choice, modules, several
 
 if TYPE_CHECKING:
@@ -130,6 +131,12 @@ class Target(Frozen):
         default=None, description="tokens of one conversation; the model's own maximum if left out"
     )
     max_batch_size: Annotated[StrictInt, Field(ge=1, le=4096)] = Field(default=32, description="conversations served at once")
+    rope_scaling: RopeScaling | None = Field(
+        default=None, description="dynamic: prompts longer than the model's own maximum have their positions stretched (dynamic NTK)"
+    )
+    tool_call_parser: ToolCallParser | None = Field(
+        default=None, description="how the server reads tool calls in what the model writes: LMDeploy's --tool-call-parser"
+    )
 
 
 class _Verify(Frozen):

@@ -20,6 +20,8 @@ from buildsys.errors import BuildError
 from buildsys.measurement import Measurement
 from buildsys.relayout import Relayout, relayout
 from buildsys.scheme import Scheme, Schemes
+from buildsys.serving import guide
+from buildsys.serving.settings import settings
 from buildsys.slots import modules
 from buildsys.step import Inputs, Request, Resources, canonical
 from buildsys.survey import describe, read_config
@@ -225,7 +227,9 @@ def packed_layout(architecture: Architecture, format: Any, schemes: Schemes) -> 
 
 
 def assemble(request: Request, progress: Progress) -> None:
-    """The deployable folder: packed weights and the source's other files as links, config.json and the deploy profile written."""
+    """The deployable folder: packed weights and the source's other files as links, config.json and deploy/ written."""
+    from buildsys.io.chat import has_template
+
     knobs, source, packed = request.knobs, request.read("source"), request.read("packed")
     made, format = _relaid(request), modules("formats")[knobs["format"]["name"]]
     architecture, held = made.architecture, made.schemes(schemes(request))
@@ -243,10 +247,18 @@ def assemble(request: Request, progress: Progress) -> None:
             target.write_text(json.dumps(rewritten[name](read_config(path, name)), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         else:
             target.symlink_to(path)
-    if knobs["engine"] != "none":
-        profile = deploy.profile(knobs["engine"], format.QUANT_METHOD, knobs["kv_cache"], knobs["target"], architecture.max_positions)
-        (request.stage / "deploy").mkdir(exist_ok=True)
-        (request.stage / deploy.PROFILE).write_text(profile, encoding="utf-8")
+    for name, text in _served(knobs, made, held, has_template(source.files)).items():
+        (request.stage / name).parent.mkdir(exist_ok=True)
+        (request.stage / name).write_text(text, encoding="utf-8")
+
+
+def _served(knobs: Mapping[str, Any], made: Relayout, held: Schemes, chat: bool) -> dict[str, str]:
+    """What is in deploy/: nothing where no engine of LMDeploy serves the model."""
+    if knobs["engine"] == "none":
+        return {}
+    a, method = made.architecture, modules("formats")[knobs["format"]["name"]].QUANT_METHOD
+    decided = settings(knobs["engine"], method, knobs["kv_cache"], knobs["target"], a.max_positions, a.rope)
+    return guide.files(decided, guide.model_name(str(made.config.get("model_type") or ""), a, held), chat)
 
 
 def score(request: Request, progress: Progress) -> dict[str, Any]:

@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("architecture", "digests", "disk", "document", "deploy", "located", "longrope", "relayout"),
     ("store", "overlay", "footprint"),
     ("io", "complaints"),
-    ("hubs",),
+    ("hubs", "serving"),
     ("quant",),
     SLOTS,
     ("recipe", "survey"),

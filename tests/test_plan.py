@@ -14,7 +14,7 @@ import pytest
 import runs
 
 from buildsys import gpus
-from buildsys.errors import BuildErrors
+from buildsys.errors import BuildError, BuildErrors
 from buildsys.outlook import outlook
 from buildsys.plan import Plan, plan
 from buildsys.scheme import Scheme, Schemes
@@ -385,6 +385,60 @@ def test_heads_without_a_kernel(workspace: Path, config: dict[str, int], gpu: st
 def test_session_longer_than_the_models_positions(workspace: Path) -> None:
     errors = refused(workspace, (TARGET[0], "format: awq\ntarget: {gpu: t4, session_len: 1024}"))
     assert errors[0] == ("recipes/tiny.yaml:10", "target.session_len is 1024; the model has 256 positions", "set session_len: 256")
+
+
+WIDE = ("group_size: 32", "group_size: 128")  # what TurboMind loads
+
+
+def targeted(text: str) -> tuple[str, str]:
+    return TARGET[0], f"format: awq\ntarget: {{gpu: t4, {text}}}"
+
+
+def test_a_long_session_is_planned_where_positions_can_be_stretched(workspace: Path) -> None:
+    errors = refused(workspace, WIDE, targeted("session_len: 1024"))
+    said = "target.session_len is 1024; the model has 256 positions"
+    assert errors == [("recipes/tiny.yaml:10", said, "set session_len: 256, or rope_scaling: dynamic beside it")]
+    made = planned(workspace, WIDE, targeted("session_len: 1024, rope_scaling: dynamic"))
+    assert made.artifact.knobs["engine"] == "turbomind" and made.artifact.knobs["target"]["rope_scaling"] == "dynamic"
+    with_model(workspace, num_attention_heads=2, num_key_value_heads=1, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    assert planned(workspace, WIDE, targeted("session_len: 1024, rope_scaling: dynamic")).artifact.knobs["engine"] == "turbomind"
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "edits", "what", "fix"),
+    [
+        (
+            {},
+            [WIDE, targeted("rope_scaling: dynamic")],
+            "has nothing to stretch: target.session_len is 256; the model has 256",
+            "beyond 256",
+        ),
+        (
+            {"rope_scaling": LLAMA3},
+            [WIDE, targeted("session_len: 512, rope_scaling: dynamic")],
+            "a rule of its own for them, llama3",
+            "256",
+        ),
+        ({}, [targeted("session_len: 512, rope_scaling: dynamic")], "PyTorch engine turns all sessions of a batch by", "256"),
+    ],
+)
+def test_positions_that_are_not_stretched(workspace: Path, config: dict[str, object], edits: list, what: str, fix: str) -> None:
+    with_model(workspace, num_attention_heads=2, num_key_value_heads=1, **config)
+    ((where, said, how),) = refused(workspace, *edits)
+    assert where == "recipes/tiny.yaml:10" and what in said and fix in how and "leave rope_scaling out" in how
+
+
+def test_tool_calls_need_a_chat_template(workspace: Path) -> None:
+    parser = targeted("tool_call_parser: qwen3")
+    with pytest.raises(BuildError, match="the model has no chat template, and a server calls tools through it") as raised:
+        planned(workspace, parser)
+    assert raised.value.where == "recipes/tiny.yaml:10" and raised.value.fix == "leave tool_call_parser out"
+    (workspace / MODEL / "chat_template.jinja").write_text("{{ messages }}{{ tools }}")
+    before, after = planned(workspace, MEMORY, TARGET), planned(workspace, MEMORY, parser)
+    assert names(kinds_changed(before, after)) == {"deployable folder"}, "what memory measures does not depend on it"
 
 
 def test_every_misfit_is_told_at_once(workspace: Path) -> None:

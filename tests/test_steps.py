@@ -22,6 +22,8 @@ from buildsys.formats import awq, gptq
 from buildsys.io import checkpoint
 from buildsys.plan import Plan, plan
 from buildsys.scheme import Scheme, Schemes
+from buildsys.serving.guide import shell
+from buildsys.serving.settings import Settings
 from buildsys.step import Request, Resources, Step, reads
 from buildsys.store import Artifact, Store
 from buildsys.survey import describe, survey
@@ -271,11 +273,15 @@ def test_assemble_takes_everything_else_as_it_is(done: Any) -> None:
     artifact, packed = built[made.artifact.planned_key], built[only(made, "pack").planned_key]
     source = made.recipe.folder("source") / "model"
     own = {"generation_config.json", "tokenizer.json"}
-    assert set(artifact.files) == {*own, "config.json", "tokenizer_config.json", "model.safetensors", "deploy/lmdeploy.yaml"}
+    served = {"deploy/lmdeploy.yaml", "deploy/README.md", "deploy/compose.yaml"}
+    assert set(artifact.files) == {*own, "config.json", "tokenizer_config.json", "model.safetensors", *served}
     for name in own:
         assert artifact.files[name].sha256 == digests.sha256(source / name)
     assert artifact.files["model.safetensors"] == packed.files["model.safetensors"]
-    assert "quant_policy: 4" in store.path(artifact, "deploy/lmdeploy.yaml").read_text()
+    decided = Settings.read(store.path(artifact, "deploy/lmdeploy.yaml"))
+    assert decided.backend == "pytorch" and decided.engine["quant_policy"] == 4
+    assert shell(decided.chat_arguments()) in store.path(artifact, "deploy/README.md").read_text()
+    assert "internlm2-377.5k-w4a16" in store.path(artifact, "deploy/compose.yaml").read_text()
 
 
 # the rest

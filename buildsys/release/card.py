@@ -16,7 +16,6 @@ from typing import Any
 
 import yaml
 
-from buildsys import deploy
 from buildsys.console import size
 from buildsys.footprint import GIB
 from buildsys.measurement import Measurement
@@ -24,6 +23,9 @@ from buildsys.relayout import relayout
 from buildsys.release.facts import Facts
 from buildsys.release.resolved import text as recipe_text
 from buildsys.scheme import Schemes
+from buildsys.serving.guide import README as GUIDE
+from buildsys.serving.guide import shell
+from buildsys.serving.settings import PROFILE, Settings, settings
 from buildsys.slots import Choice
 
 HUB = "hf_hub"  # the source whose repositories `base_model` can name
@@ -190,18 +192,19 @@ def _how(facts: Facts) -> Iterator[str]:
 
 
 def _serving(facts: Facts) -> Iterator[str]:
-    settings = profile(facts)
+    decided = profile(facts)
     yield "## Serve it"
-    if settings is None:
+    if decided is None:
         yield "No engine of LMDeploy serves this format with this scheme: `doit plan` says why. vLLM reads it."
         return
-    told = {key: value for key, value in settings.items() if key != "max_batch_size"}  # which `lmdeploy chat` does not take
-    yield f"`{deploy.PROFILE}` holds the engine settings below. `MODEL` is this folder, or this repository's name on its hub."
+    yield f"`{PROFILE}` holds the engine settings below, `{GUIDE}` also Python, a client and a container."
+    yield "`MODEL` is this folder, or this repository's name on its hub."
     yield ""
-    lines = ["MODEL=.", f"lmdeploy serve api_server $MODEL{_flags(settings)}", f"lmdeploy chat $MODEL{_flags(told)}"]
-    yield from _fence("\n".join(lines), "sh")
+    server, chat = shell(decided.arguments()), shell(decided.chat_arguments())
+    yield from _fence(f"MODEL=.\nlmdeploy serve api_server $MODEL {server}\nlmdeploy chat $MODEL {chat}", "sh")
     if _read_elsewhere(facts):
-        session = f"--max-model-len {settings['session_len']} --tensor-parallel-size {settings['tp']}"
+        own = facts.plan.survey.architecture.max_positions  # what lies beyond, LMDeploy alone is told to stretch
+        session = f"--max-model-len {min(decided.engine['session_len'], own)} --tensor-parallel-size {decided.engine['tp']}"
         yield ""
         loaded = "vLLM and transformers load" if _in_transformers(facts) else "vLLM loads"
         yield f"{loaded} the same files, without the KV policy and the limits above:"
@@ -255,18 +258,13 @@ def _provenance(facts: Facts) -> Iterator[str]:
 # What sections say
 
 
-def profile(facts: Facts) -> dict[str, Any] | None:
-    """The engine settings in the artifact's deploy/lmdeploy.yaml, `backend` first; None where no engine serves it."""
+def profile(facts: Facts) -> Settings | None:
+    """The engine settings in the artifact's deploy/lmdeploy.yaml; None where no engine serves it."""
     knobs = facts.plan.artifact.knobs
     if knobs["engine"] == "none":
         return None
-    positions, method = facts.plan.survey.architecture.max_positions, facts.plan.recipe.format.module.QUANT_METHOD
-    found = yaml.safe_load(deploy.profile(knobs["engine"], method, knobs["kv_cache"], knobs["target"], positions))
-    return dict(found)
-
-
-def _flags(settings: Mapping[str, Any]) -> str:
-    return "".join(f" \\\n  --{key.replace('_', '-')} {value}" for key, value in settings.items())
+    a, method = facts.plan.survey.architecture, facts.plan.recipe.format.module.QUANT_METHOD
+    return settings(knobs["engine"], method, knobs["kv_cache"], knobs["target"], a.max_positions, a.rope)
 
 
 def _source(facts: Facts) -> str:
