@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 """A part imports from the rows above its own, and inside a row from parts to its left. A new file gets a place here, as high as it can."""
 
-HEAVY = ("torch", "transformers", "lmdeploy", "huggingface_hub")
+HEAVY = ("torch", "transformers", "lmdeploy", "huggingface_hub", "openai", "gradio")
 RANK = {part: (row, column) for row, parts in enumerate(LAYERS) for column, part in enumerate(parts)}
 
 
