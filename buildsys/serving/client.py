@@ -57,12 +57,16 @@ class Client:
             self._openai(path),
             self._sdk.chat.completions.create(model=self.model, messages=list(messages), stream=True, **more) as pieces,
         ):
+            ended = False
             for piece in pieces:
                 choices = getattr(piece, "choices", None)
                 if choices is None:
                     raise self._unknown(path, piece)
                 if choices and choices[0].delta is not None and choices[0].delta.content:
                     yield choices[0].delta.content
+                ended = ended or bool(choices and choices[0].finish_reason)
+            if not ended:
+                raise self._cut(path)
 
     @cached_property
     def _sdk(self) -> Any:
@@ -109,6 +113,8 @@ class Client:
         """The same, streamed: some tokens at a time."""
         path = "/generate"
         with self._open(path, _greedy(ids, max_tokens, ignore_eos) | {"stream": True}) as response:
+            if "event-stream" not in response.headers.get("Content-Type", ""):
+                raise self._unknown(path, response.read(SAID_CHARACTERS * 4).decode(errors="replace"))
             ended = False
             for line in response:
                 name, _, text = line.strip().partition(b":")
@@ -119,7 +125,7 @@ class Client:
                     break
                 yield self._tokens(self._json(path, text))
             if not ended:
-                raise self._broken(path, "the stream was cut off")
+                raise self._cut(path)
 
     def _tokens(self, said: Any) -> list[int]:
         found = said.get("output_ids") if isinstance(said, dict) else None
@@ -175,6 +181,9 @@ class Client:
 
     def _broken(self, path: str, said: str) -> BuildError:
         return self._error(path, f"cannot be reached: {_short(said)}", "see that the server runs and that its address is right")
+
+    def _cut(self, path: str) -> BuildError:
+        return self._broken(path, "the stream was cut off before its end")
 
     def _failed(self, path: str, said: str) -> BuildError:
         return self._error(path, f"failed: {_short(said)}", "look at the server's log for the reason")

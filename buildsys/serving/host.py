@@ -111,7 +111,8 @@ def _visible(rows: list[Row], shown: str) -> list[Row]:
     """Those that the variable names by index or by the beginning of a UUID; like CUDA, none after a name that is no GPU's."""
     found: list[Row] = []
     for name in (part.strip() for part in shown.split(",")):
-        row = next((row for row in rows if name and (row.index == name or (name[:4] == "GPU-" and row.uuid.startswith(name)))), None)
+        uuid = len(name) > 4 and name.startswith("GPU-")
+        row = next((row for row in rows if row.index == name or (uuid and row.uuid.startswith(name))), None)
         if row is None:
             break
         found.append(row)
