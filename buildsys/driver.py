@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from buildsys.plan import Plan
     from buildsys.release.facts import Facts
     from buildsys.release.signing import Signer
+    from buildsys.serving.host import Host
     from buildsys.workspace import Workspace
 
 DEVICES: tuple[Device, ...] = get_args(Device)
@@ -110,12 +111,14 @@ class Session:
 
     def plan(self, names: Iterable[str]) -> None:
         """Plans every recipe before any step runs, so that a mistake in the last one costs seconds."""
-        from buildsys.plan import plan
+        from buildsys.plan import needs_engine, plan
 
         errors: list[BuildError] = []
         for name in names:
             try:
-                self.plans.setdefault(name, plan(self.workspace.load(name), self.store, self.settings.threads))
+                recipe = self.workspace.load(name)
+                beside = (self._host,) if needs_engine(recipe) else ()
+                self.plans.setdefault(name, plan(recipe, self.store, self.settings.threads, *beside))
             except BuildErrors as several:
                 errors += several.errors
             except BuildError as error:
@@ -319,6 +322,18 @@ class Session:
         self.console.close()
 
     @cached_property
+    def _host(self) -> Host | str:
+        """What can run an engine here, or why nothing can."""
+        from buildsys.serving.host import look
+
+        if self.settings.device == "cpu":
+            return "device=cpu was said"
+        try:
+            return look()
+        except BuildError as error:
+            return f"{error.where}: {error.what}"
+
+    @cached_property
     def _signer(self) -> Signer | None:
         from buildsys.release.signing import signer
 
@@ -344,6 +359,7 @@ class Session:
             root=str(self.store.root),
             heavy=step.heavy,
             computes=step.computes,
+            engine=step.engine,
             threads=settings.threads,
             batch=settings.batch,
             device=settings.device,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from buildsys import footprint, gpus
 from buildsys.architecture import Linear
@@ -22,6 +23,9 @@ from buildsys.step import Need, Step
 from buildsys.store import Store
 from buildsys.survey import Survey, describe, survey
 
+if TYPE_CHECKING:
+    from buildsys.serving.host import Host
+
 WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 """What a step reads that computes with a model."""
 
@@ -31,12 +35,15 @@ CHAT = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json", "s
 SERVED = ("rope_scaling", "tool_call_parser")
 """Knobs of the target that change no number that planning knows."""
 
+LOADED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", PROFILE)
+"""What an engine reads of an artifact: not what is written there for people."""
+
 CHOSEN = "schemes.json"
 """What allocate writes: the scheme of each linear."""
 
 VERSIONS = MappingProxyType(
     {
-        **dict.fromkeys(("fetch", "tokens", "disjoint", "calibrate", "allocate", "measure", "generate"), 1),
+        **dict.fromkeys(("fetch", "tokens", "disjoint", "calibrate", "allocate", "measure", "generate", "serve"), 1),
         **dict.fromkeys(("quantize", "score"), 2),
         **dict.fromkeys(("assemble", "pack"), 3),
     }
@@ -60,14 +67,16 @@ class Plan:
     building: footprint.Building
     serving: footprint.Serving | None  # None: the recipe names no target
     notes: tuple[str, ...]
+    skipped: Mapping[str, str]  # checks that the recipe names and that cannot run here, each with why
 
     @property
     def name(self) -> str:
         return self.recipe.name
 
 
-def plan(recipe: Recipe, store: Store, threads: int = 2) -> Plan:
-    """The graph of `recipe`. Raises BuildErrors with every misfit of the recipe and its model."""
+def plan(recipe: Recipe, store: Store, threads: int = 2, host: Host | str = "nobody looked for a GPU") -> Plan:
+    """The graph of `recipe`; `host`: what can run an engine here, or why nothing can. Raises BuildErrors with every misfit of the recipe
+    and its model."""
     source = located(recipe, ("source",), recipe.source, store)
     surveyed = survey(source.files, source.sizes)
     layers, errors = linears(recipe, surveyed)
@@ -85,7 +94,9 @@ def plan(recipe: Recipe, store: Store, threads: int = 2) -> Plan:
     quantized = graph.quantize(fetched, calibrated, calibration)
     packed = graph.pack(fetched, quantized)
     artifact = graph.assemble(fetched, packed, source.names)
-    measures = tuple(graph.measures(fetched, quantized, packed, text))
+    host = _serves(recipe, surveyed, host)
+    served = None if isinstance(host, str) else partial(graph.serve, fetched, packed, artifact, text, host)
+    measures = tuple(graph.measures(fetched, quantized, packed, text, served))
     last = (artifact, *(step for _, step in measures))
     steps = {step.planned_key: step for end in last for step in end.walk()}
     return Plan(
@@ -101,6 +112,7 @@ def plan(recipe: Recipe, store: Store, threads: int = 2) -> Plan:
         building=_building(recipe, surveyed, layers.schemes, threads),
         serving=_serving(recipe, surveyed, layers.schemes),
         notes=(*engine(recipe, surveyed)[1], *_ungated(recipe)),
+        skipped={name: host for name in recipe.verify.checks if isinstance(host, str) and _needs_engine(name)},
     )
 
 
@@ -231,6 +243,31 @@ def engine(recipe: Recipe, surveyed: Survey) -> tuple[str, tuple[str, ...]]:
     return "none", (f"no engine of LMDeploy serves this, so there is no {PROFILE}: {'; '.join((*lacks, *beside))}",)
 
 
+def _needs_engine(check: str) -> bool:
+    return "served" in modules("checks")[check].READS
+
+
+def needs_engine(recipe: Recipe) -> bool:
+    """Whether a check that the recipe names starts an engine: whoever plans it then looks for a GPU."""
+    return any(map(_needs_engine, recipe.verify.checks))
+
+
+def _serves(recipe: Recipe, surveyed: Survey, host: Host | str) -> Host | str:
+    """The machine that the recipe's target is, or why this one is not it."""
+    named, lacks = engine(recipe, surveyed)
+    if named == "none":
+        return "; ".join(lacks)
+    if isinstance(host, str):
+        return host
+    target, found = recipe.target, [device.name for device in host.devices]
+    if target is None:
+        return host
+    theirs = [name for name in found if target.gpu.lower() in gpus.close(name)]
+    if len(theirs) < target.count:
+        return f"the target is {target.count} x {target.gpu}, here {'is' if len(found) == 1 else 'are'} {', '.join(found)}"
+    return host
+
+
 def _ungated(recipe: Recipe) -> Iterator[str]:
     """Qualities that the recipe measures and does not gate."""
     checks = recipe.verify.checks
@@ -249,6 +286,28 @@ def _gpu(recipe: Recipe) -> gpus.GPU | None:
 def _session_len(recipe: Recipe, surveyed: Survey) -> int:
     asked = recipe.target.session_len if recipe.target is not None else None
     return asked or surveyed.architecture.max_positions
+
+
+def _source_engine(recipe: Recipe, surveyed: Survey) -> dict[str, str]:
+    """What serves the source model on the target: {engine}, or {why} not. Speed is held beside the faster one of LMDeploy's two engines."""
+    gpu, policy = _gpu(recipe), recipe.kv_cache.policy
+    target = recipe.target
+    if target is not None and gpu is not None:
+        alone = footprint.serving(
+            surveyed.architecture,
+            None,
+            gpu,
+            kv_policy="none",
+            max_entry_count=recipe.kv_cache.max_entry_count,
+            session_len=_session_len(recipe, surveyed),
+            max_batch_size=target.max_batch_size,
+            count=target.count,
+        )
+        if not alone.fits:
+            few = f"{-alone.spare_bytes / footprint.GIB:.1f} GiB too few"
+            return {"why": f"the source model does not fit {target.gpu} x {target.count}: {few}"}
+    lacks = [*gpus.turbomind_lacks("fp16", (), policy, surveyed.architecture.head_dim, gpu)]
+    return {"engine": "pytorch" if lacks or not surveyed.turbomind else "turbomind"}
 
 
 def _serving(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> footprint.Serving | None:
@@ -474,8 +533,40 @@ class Graph:
             raise BuildError(self.recipe.at("report", "path"), f"{path} holds no prompt", "write one prompt a line, or leave path out")
         return prompts
 
-    def measures(self, source: Step, quantized: Step, packed: Step, tokens: Step) -> Iterator[tuple[str, Step]]:
-        """One step a check, without its limits: those are judged, and a change of them measures nothing again."""
+    def serve(self, source: Step, packed: Step, artifact: Step, tokens: Step, host: Host, asked: Any) -> Step:
+        """A server of the artifact, and what it is held beside, on this machine's GPU: of another GPU, driver or engine it says nothing."""
+        report, module = self.recipe.report, modules("checks")["serve"]
+        chosen = asked.model_dump(mode="json", exclude={*module.LIMITS, *module.ASIDE})
+        count = 1 if self.recipe.target is None else self.recipe.target.count
+        policy = self.recipe.kv_cache.policy
+        knobs = {
+            "asked": chosen,
+            "prompts": [*report.prompts, *self._prompts_file()],
+            "chat": report.chat,
+            "host": {"lmdeploy": host.lmdeploy, "gpus": [[device.name, device.driver] for device in host.devices[:count]]},
+            "source": _source_engine(self.recipe, self.surveyed),
+            "token_bytes": {said: footprint.kv_bytes_per_token(self.surveyed.architecture, said, count) for said in ("none", policy)},
+            "kv": policy,
+            "model": self.surveyed.computed,
+            "quant": QUANT,
+            **self._packing,
+        }
+        needs = (
+            Need("source", source),
+            Need("packed", packed),
+            Need("artifact", artifact, LOADED),
+            Need("tokens", tokens),
+            *self._bits,
+        )
+        hints = {"python": host.python, "timeout_s": asked.timeout_s, "where": self.recipe.at("verify", "serve")}
+        title = f"a server on {', '.join(sorted({device.name for device in host.devices[:count]}))}"
+        return self._step("serve", title, knobs, *needs, hints=hints, computes=True, engine=True)
+
+    def measures(
+        self, source: Step, quantized: Step, packed: Step, tokens: Step, served: Callable[[Any], Step] | None
+    ) -> Iterator[tuple[str, Step]]:
+        """One step a check, without its limits: those are judged, and a change of them measures nothing again. `served` makes the step
+        that a check reads which asks an engine; None: there is none here, and such a check is skipped."""
         policy = self.recipe.kv_cache.policy
         scores, kv_scores = self.score(source, packed, tokens, "none"), self.score(source, packed, tokens, policy)
         outputs = {
@@ -489,9 +580,13 @@ class Graph:
             if not (module.ALWAYS or name in named or ("kv_scores" in module.READS and policy != "none")):
                 continue
             chosen = named[name] if name in named else module.Knobs()
+            if _needs_engine(name):
+                if served is None:
+                    continue
+                outputs["served"] = Need("served", served(chosen), ("served.json",))
             needs = [outputs[role] for role in module.READS if role in outputs]
             knobs = {
-                "check": {"name": name, "version": module.VERSION, "knobs": chosen.model_dump(exclude=set(module.LIMITS))},
+                "check": {"name": name, "version": module.VERSION, "knobs": chosen.model_dump(exclude={*module.LIMITS, *module.ASIDE})},
                 "model": self.surveyed.computed,
                 "quant": QUANT if module.READS != ("plan",) else None,
                 **self._packing,

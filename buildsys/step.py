@@ -56,6 +56,7 @@ class Step:
     after: tuple[Step, ...] = ()  # runs after these, whose outputs it does not read
     heavy: bool = False  # runs in a child process that has torch
     computes: bool = False  # it may use a GPU, which one step has at a time
+    engine: bool = False  # it starts an engine, which has the GPU for itself
     hints: Mapping[str, Any] = field(default_factory=dict)  # where to find inputs on this machine; never in a key
     resumes: bool = False  # it can use what a killed run of it left in its stage
     promises: Mapping[str, str] | None = None  # its output, name -> sha256, where that is known before it runs

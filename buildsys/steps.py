@@ -278,21 +278,27 @@ def score(request: Request, progress: Progress) -> dict[str, Any]:
 
 def generate(request: Request, progress: Progress) -> None:
     """Greedy answers of both models to the recipe's prompts, one model in memory after the other."""
-    from buildsys.io import chat, corpus
+    from buildsys.io import corpus
     from buildsys.quant.sample import greedy
 
-    knobs, source = request.knobs, request.read("source")
-    encode, decode = corpus.tokenizer(source.files, "source"), corpus.decoder(source.files, "source")
-    asked = list(knobs["prompts"])
-    render = None if knobs["chat"] is False or (knobs["chat"] is None and not chat.has_template(source.files)) else _renderer(source)
-    prompts = [encode(render([{"role": "user", "content": text}], None, True) if render else text) for text in asked]
+    source, asked = request.read("source"), list(request.knobs["prompts"])
+    decode, prompts = corpus.decoder(source.files, "source"), _prompts(request, source)
     original = float_model(source, request)
     ends, answers = _ends(source, original.architecture), []
     for phase, model in (("source", original), ("quantized", packed_model(request, None))):
-        written = greedy(model, prompts, knobs["max_new_tokens"], ends, request.resources, partial(progress, phase))
+        written = greedy(model, prompts, request.knobs["max_new_tokens"], ends, request.resources, partial(progress, phase))
         answers.append([decode(ids) for ids in written])
     found = [{"prompt": text, "source": first, "quantized": second} for text, first, second in zip(asked, *answers, strict=True)]
     (request.stage / GENERATIONS).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _prompts(request: Request, source: Inputs) -> list[list[int]]:
+    """The recipe's prompts as token ids, asked through the chat template where the recipe or the model wants that."""
+    from buildsys.io import chat, corpus
+
+    encode, wanted = corpus.tokenizer(source.files, "source"), request.knobs["chat"]
+    render = None if wanted is False or (wanted is None and not chat.has_template(source.files)) else _renderer(source)
+    return [encode(render([{"role": "user", "content": text}], None, True) if render else text) for text in request.knobs["prompts"]]
 
 
 def _ends(source: Inputs, architecture: Architecture) -> frozenset[int]:
@@ -300,6 +306,17 @@ def _ends(source: Inputs, architecture: Architecture) -> frozenset[int]:
     said = read_config(source.path(GENERATION), GENERATION).get("eos_token_id") if GENERATION in source.files else None
     more = said if isinstance(said, list) else [said]
     return frozenset((*architecture.eos_token_ids, *(token for token in more if isinstance(token, int))))
+
+
+def serve(request: Request, progress: Progress) -> None:
+    """What a real server of the artifact answers, how fast, and in how much memory; beside it the source model."""
+    from buildsys import trials
+    from buildsys.io import checkpoint
+    from buildsys.quant.kv import keep
+
+    seen = checkpoint.load(request.read("tokens").path(TOKENS))["tokens"]
+    prompts = _prompts(request, request.read("source"))
+    trials.serve(request, prompts, seen, lambda policy: packed_model(request, keep(policy)), progress)
 
 
 def measure(request: Request, progress: Progress) -> None:
@@ -359,5 +376,5 @@ def packed_model(request: Request, keep_kv: Any) -> Model:
 
 _STEPS: dict[str, Callable[[Request, Progress], dict[str, Any] | None]] = {
     function.__name__: function
-    for function in (fetch, tokens, disjoint, calibrate, allocate, quantize, pack, assemble, score, measure, generate)
+    for function in (fetch, tokens, disjoint, calibrate, allocate, quantize, pack, assemble, score, serve, measure, generate)
 }

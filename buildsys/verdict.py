@@ -29,7 +29,15 @@ def judge(plan: Plan, store: Store) -> tuple[Verdict, ...]:
         measured = load_measurements(artifact, store)
         for knob, limit, bound in _gates(plan, check, measured):
             verdicts.append(_judged(check, measured, knob, limit, bound, worst, plan.recipe.at("verify", check, knob)))
+    verdicts += [_skipped(plan, check, why) for check, why in plan.skipped.items()]
     return tuple(verdicts)
+
+
+def _skipped(plan: Plan, check: str, why: str) -> Verdict:
+    """A check that could not run here: never a pass, and a failure where the recipe says that it has to run."""
+    if getattr(plan.recipe.verify.checks[check], "required", "auto") == "always":
+        return Verdict(check, "failed", f"could not run, and required is always: {why}", plan.recipe.at("verify", check, "required"))
+    return Verdict(check, "skipped", why, plan.recipe.at("verify", check))
 
 
 def load_measurements(artifact: Artifact, store: Store) -> list[Measurement]:

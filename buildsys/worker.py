@@ -72,6 +72,7 @@ class Job:
     root: str  # of the store
     heavy: bool
     computes: bool = False
+    engine: bool = False
     threads: int = 1
     batch: int = 1
     device: Device = "auto"
@@ -94,7 +95,7 @@ def perform(job: Job, progress: Progress, waiting: Callable[[str], None], steps:
         elif store.find(job.key) is not None:
             return False
         device = _device(job)
-        if device == "cuda":  # one step at a time on a GPU
+        if device == "cuda" or job.engine:  # one step at a time on a GPU, which torch may not see
             held.enter_context(store.lock("gpu", waiting))
         inputs = {role: {name: Path(path) for name, path in files.items()} for role, files in job.inputs.items()}
         watched = _watched(inputs, store)

@@ -166,7 +166,7 @@ PROMISED: dict[str, tuple[str, ...]] = {
         *("pack", "unpack", "config", "scheme_of", "schemes_of"),
     ),
     "archs": ("HANDLES", "TURBOMIND", "EXPECTS", "describe"),
-    "checks": ("READS", "LIMITS", "FIXED", "OPTIONAL", "ALWAYS", "measure"),
+    "checks": ("READS", "LIMITS", "FIXED", "OPTIONAL", "ALWAYS", "ASIDE", "measure"),
     "publishers": ("destination", "plan", "publish", "verify", "rollback"),
 }
 CHOICES = [pytest.param(slot, module, id=f"{slot}.{choice}") for slot in SLOTS for choice, module in modules(slot).items()]
@@ -190,7 +190,7 @@ def test_slot_modules_offer_what_the_slot_promises(slot: str, module: ModuleType
         assert module.KIND in ("rescale", "round")
         assert callable(module.rescale) if module.KIND == "rescale" else callable(module.round_weights) and type(module.SEES_TOKENS) is bool
     if slot == "checks":
-        assert set(module.READS) <= {"packed", "blocks", "scores", "kv_scores", "source", "plan"} and type(module.ALWAYS) is bool
+        assert set(module.READS) <= {"packed", "blocks", "scores", "kv_scores", "served", "source", "plan"} and type(module.ALWAYS) is bool
         assert set(module.LIMITS) <= set(module.Knobs.model_fields)
         assert all(getattr(module.Knobs(), knob) is None for knob in module.LIMITS), "without a limit in the recipe there is no gate"
 

@@ -19,6 +19,7 @@ LIMITS = {"min_share": Limit("share", "min")}
 FIXED: dict[str, tuple[Limit, float]] = {}
 OPTIONAL: frozenset[str] = frozenset()
 ALWAYS = True
+ASIDE: frozenset[str] = frozenset()
 
 
 class Knobs(Frozen):

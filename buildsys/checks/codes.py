@@ -29,6 +29,7 @@ FIXED: dict[str, tuple[Limit, float]] = {
 }
 OPTIONAL: frozenset[str] = frozenset()
 ALWAYS = True
+ASIDE: frozenset[str] = frozenset()
 
 
 class Knobs(Frozen):

@@ -20,6 +20,7 @@ LIMITS = {"max_nats": Limit("kl", "max")}
 FIXED: dict[str, tuple[Limit, float]] = {}
 OPTIONAL: frozenset[str] = frozenset()
 ALWAYS = True
+ASIDE: frozenset[str] = frozenset()
 
 
 class Knobs(Frozen):

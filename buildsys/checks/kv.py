@@ -20,6 +20,7 @@ LIMITS = {"max_nats": Limit("kl", "max"), "max_increase_nats": Limit("increase",
 FIXED: dict[str, tuple[Limit, float]] = {}
 OPTIONAL: frozenset[str] = frozenset()
 ALWAYS = False
+ASIDE: frozenset[str] = frozenset()
 
 
 class Knobs(Frozen):

@@ -27,6 +27,7 @@ LIMITS: dict[str, Limit] = {}
 FIXED: dict[str, tuple[Limit, float]] = {"findings": (Limit("findings", "max"), 0.0)}  # no recipe may serve a damaged model
 OPTIONAL: frozenset[str] = frozenset()
 ALWAYS = True
+ASIDE: frozenset[str] = frozenset()
 
 FLOATS = ("F16", "BF16", "F32")
 HALF_MAX = 65504.0

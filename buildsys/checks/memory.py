@@ -20,6 +20,7 @@ LIMITS = {"max_gib": Limit("needed_gib", "max")}
 FIXED: dict[str, tuple[Limit, float]] = {"free_gib": (Limit("free_gib", "min"), 0.0)}
 OPTIONAL: frozenset[str] = frozenset({"free_gib"})  # where no target is named
 ALWAYS = False
+ASIDE: frozenset[str] = frozenset()
 
 
 class Knobs(Frozen):

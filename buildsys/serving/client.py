@@ -193,7 +193,10 @@ class Client:
 
 
 def _greedy(ids: Sequence[int], max_tokens: int, ignore_eos: bool) -> dict[str, Any]:
-    return {"input_ids": list(ids), "max_tokens": max_tokens, "ignore_eos": ignore_eos, "temperature": 0.0, "top_k": 1, "stream": False}
+    """The model's own best tokens. What is not said here the server takes from the model's generation_config.json, and a penalty on
+    repetition, which Qwen2.5 has there, changes them."""
+    plain = {"temperature": 1.0, "top_k": 1, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    return {"input_ids": list(ids), "max_tokens": max_tokens, "ignore_eos": ignore_eos, **plain, "stream": False}
 
 
 def _short(said: str) -> str:

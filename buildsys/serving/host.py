@@ -61,11 +61,16 @@ def devices() -> tuple[Device, ...]:
 
 
 def memory_used() -> int:
-    """Bytes that are in use on the visible GPUs, by whatever process."""
+    """Bytes that are in use on the visible GPUs together, by whatever process."""
+    return sum(memory_each())
+
+
+def memory_each() -> tuple[int, ...]:
+    """Bytes that are in use on each visible GPU, by whatever process."""
     rows = [line.split(", ") for line in _smi("--query-gpu=index,uuid,memory.used").splitlines() if line.strip()]
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     named = [Row(index, uuid, Device("", "", int(used) << 20)) for index, uuid, used in rows]
-    return sum(row.device.memory_bytes for row in (_visible(named, shown) if shown is not None else named))
+    return tuple(row.device.memory_bytes for row in (_visible(named, shown) if shown is not None else named))
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,13 @@ class Server:
             time.sleep(LOOK_EVERY_S)
         return self._ended(process)
 
+    def kill(self) -> None:
+        """Ends it at once, from any thread: what waits for its answer fails, and `check` says how it ended. `stop` is still due."""
+        process = self._process
+        if process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
     def stop(self) -> None:
         """Asks it to end, ends it and whatever it started, and returns when they are gone."""
         process, self._process = self._process, None

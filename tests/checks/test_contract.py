@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ from buildsys.quant.blocks import save_block
 from buildsys.quant.linear import QuantizedLinear
 
 CHECKS = slots.modules("checks")
-READABLE = {"packed", "blocks", "scores", "kv_scores", "source", "plan"}
+READABLE = {"packed", "blocks", "scores", "kv_scores", "served", "source", "plan"}
 
 LIMITS: dict[str, dict[str, float]] = {
     "agreement": {"min_share": 0.99},
@@ -26,6 +27,7 @@ LIMITS: dict[str, dict[str, float]] = {
     "kv": {"max_nats": 0.01, "max_increase_nats": 0.01},
     "memory": {"max_gib": 4.0},
     "perplexity": {"max_ratio": 1.01},
+    "serve": {"min_speedup": 1.5, "max_vram_gib": 10.0, "min_agreement": 0.95},
 }
 """Bounds that a sound model keeps by a margin; a check that is not named here has none to set."""
 
@@ -70,8 +72,32 @@ def packed(made: Any, folder: Path, harm: float) -> Inputs:
     return {"packed": made.Files({"model.safetensors": folder / "model.safetensors"}), "blocks": made.Files(blocks)}, context
 
 
+def served(made: Any, folder: Path, harm: float) -> Inputs:
+    """Two servers; harmed: ours writes other tokens than the model would."""
+    gaps = [[0.0, 0.01, 1.0 if harm else 0.0]] * 8
+    ours, theirs = (
+        {
+            "name": name,
+            "engine": "turbomind",
+            "failures": [],
+            "load_s": 5.0,
+            "loaded_bytes": 4 << 30,
+            "vram_bytes": 5 << 30,
+            "pool_tokens": 1000,
+            "rates": [{"batch": 1, "prompt_tokens": 8, "new_tokens": 8, "tokens_per_s": speeds, "first_token_s": [0.1, 0.2]}],
+            "gaps": gaps,
+        }
+        for name, speeds in (("artifact", [200.0, 210.0]), ("source", [100.0, 101.0]))
+    )
+    folder.mkdir()
+    (folder / "served.json").write_text(json.dumps({"trials": [ours, theirs]}))
+    return {"served": made.Files({"served.json": folder / "served.json"})}, made.Context()
+
+
 def maker(module: ModuleType) -> Callable[[Any, Path, float], Inputs]:
     reads = set(module.READS)
+    if "served" in reads:
+        return served
     return scored if "scores" in reads else planned if "plan" in reads else packed
 
 
