@@ -219,13 +219,15 @@ def building(
     seqlen: int,
     verify_windows: int,
     verify_seqlen: int,
+    verify_streams: int = 2,
     device: Literal["cpu", "cuda"] = "cpu",
     gptq: bool = True,
     sampled: Sequence[tuple[int, int]] = (),
 ) -> Building:
     """One clean build with `samples` x `seqlen` tokens of calibration; a step's seconds are its floating point work or its bytes.
 
-    `sampled`: (windows, tokens) of each text that the model writes itself, token by token.
+    `verify_streams`: forwards of the verify text, held side by side: the source's, the artifact's, and one for each KV policy. `sampled`:
+    (windows, tokens) of each text that the model writes itself, token by token.
     """
     tokens, scored = samples * seqlen, verify_windows * verify_seqlen
     held = weights(architecture, schemes)
@@ -240,18 +242,19 @@ def building(
     columns = architecture.layers * sum(map(architecture.width, architecture.sites)) if gptq else 0
     written = sum(windows * length for windows, length in sampled)
     layer_tokens = architecture.layers * sum(ceil(windows / SAMPLED_AT_ONCE) * length for windows, length in sampled)
-    scoring = 2 * (_forward_flops(architecture, verify_seqlen) + head) * scored
+    scoring = verify_streams * (_forward_flops(architecture, verify_seqlen) + head) * scored
     seconds = {
         "tokens": layer_tokens * speed.token_s + (_forward_flops(architecture, seqlen) + head) * written / speed.flops,
         "calibrate": (forward + gram) / speed.flops,
         "quantize": walk / speed.flops + serial / speed.serial_flops + columns * speed.column_s,
         "pack": 4 * packed_bytes / speed.bytes_per_s,
-        "score": scoring / speed.flops + 20 * 4 * architecture.vocab_size * scored / speed.bytes_per_s,
+        "score": scoring / speed.flops + 10 * verify_streams * 4 * architecture.vocab_size * scored / speed.bytes_per_s,
     }
     outside = (architecture.embed, architecture.final_norm, architecture.lm_head)
     blocks_bytes = sum(each.disk_bytes for each in held if each.name not in outside)
-    disk_bytes = {"calibrate": stats_bytes, "quantize": blocks_bytes, "pack": packed_bytes, "score": 16 * scored}
-    work_bytes = max(_build_bytes(architecture, max(tokens, scored), device), _sampling_bytes(architecture, sampled))
+    disk_bytes = {"calibrate": stats_bytes, "quantize": blocks_bytes, "pack": packed_bytes, "score": 16 * scored * (verify_streams - 1)}
+    held_tokens = max(tokens, scored * max(verify_streams, 3) // 3)
+    work_bytes = max(_build_bytes(architecture, held_tokens, device), _sampling_bytes(architecture, sampled))
     host_bytes = int(0.4 * GIB) + (work_bytes if device == "cpu" else _block_bytes(architecture, 4))
     return Building(MappingProxyType(seconds), MappingProxyType(disk_bytes), host_bytes, work_bytes if device == "cuda" else 0)
 

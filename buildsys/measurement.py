@@ -22,6 +22,11 @@ class Measurement:
         return cls(name, value, unit, value, value, detail)
 
 
+def scores_file(policy: str) -> str:
+    """What a `score` step calls the scores of the artifact with a KV policy; without one they are every other check's too."""
+    return "scores.safetensors" if policy == "none" else f"scores-{policy}.safetensors"
+
+
 @dataclass(frozen=True)
 class Limit:
     """Which measurement a check's knob bounds, and from which side.

@@ -13,6 +13,7 @@ from buildsys.architecture import Linear
 from buildsys.errors import BuildError, BuildErrors
 from buildsys.linears import Linears, linears
 from buildsys.located import Located
+from buildsys.measurement import scores_file
 from buildsys.quant import VERSION as QUANT
 from buildsys.recipe import Recipe
 from buildsys.relayout import Relayout, relayout
@@ -278,6 +279,13 @@ def _ungated(recipe: Recipe) -> Iterator[str]:
         yield f"kl is measured without the KV cache's {policy}: verify: {{kv: {{max_increase_nats: 0.01}}}} would gate what that adds"
 
 
+def scored_policies(recipe: Recipe) -> tuple[gpus.KvPolicy, ...]:
+    """KV policies that are scored beside none: those that the kv check names, and the recipe's own."""
+    own, named = recipe.kv_cache.policy, recipe.verify.checks.get("kv")
+    asked = {own, *getattr(named, "policies", ())} - {"none"}
+    return tuple(policy for policy in footprint.KV_BITS if policy in asked)
+
+
 def _gpu(recipe: Recipe) -> gpus.GPU | None:
     """A name that the table lacks was refused with the recipe."""
     return gpus.lookup(recipe.target.gpu) if recipe.target is not None else None
@@ -335,6 +343,7 @@ def _building(recipe: Recipe, surveyed: Survey, schemes: Schemes, threads: int) 
         seqlen=recipe.calibration.seqlen,
         verify_windows=recipe.verify.samples,
         verify_seqlen=recipe.verify.seqlen,
+        verify_streams=2 + len(scored_policies(recipe)),
         gptq=bool(recipe.quantization.method[-1].module.SEES_TOKENS),
         sampled=[
             (asked.samples, asked.seqlen)
@@ -492,11 +501,28 @@ class Graph:
         needs = Need("source", source, rest), Need("packed", packed), *self._bits
         return self._step("assemble", "deployable folder", knobs, *needs, heavy=False)
 
-    def score(self, source: Step, packed: Step, tokens: Step, policy: str) -> Step:
-        knobs = {"model": self.surveyed.computed, "quant": QUANT, **self._packing, "kv": policy}
+    def score(self, source: Step, packed: Step, tokens: Step, policies: tuple[str, ...]) -> Step:
+        """One walk over both models for these KV policies. What is scored without one has the key that it had before there were several."""
+        knobs = {"model": self.surveyed.computed, "quant": QUANT, **self._packing}
+        knobs["kv"] = "none" if policies == ("none",) else list(policies)
         needs = Need("source", source, WEIGHTS), Need("packed", packed), Need("tokens", tokens), *self._bits
-        title = "predictions beside the source's" + ("" if policy == "none" else f", KV cache {policy}")
+        title = "predictions beside the source's" + ("" if policies == ("none",) else f", KV cache {', '.join(policies)}")
         return self._step("score", title, knobs, *needs, computes=True)
+
+    def scores(self, source: Step, packed: Step, tokens: Step) -> tuple[Need, ...]:
+        """What checks read of predictions: without a KV policy, and with each that is asked for (docs/decisions/0017-kv-policies.md).
+
+        A recipe that names the kv check has all its policies scored in one walk, the same for each of kv_cache.policy. One that only has a
+        policy pays for it alone, beside the scores without one that its recipe without a policy has too.
+        """
+        own, named = self.recipe.kv_cache.policy, self.recipe.verify.checks.get("kv")
+        asked = scored_policies(self.recipe)
+        if named is not None:
+            plain = with_kv = self.score(source, packed, tokens, ("none", *asked))
+        else:
+            plain, with_kv = self.score(source, packed, tokens, ("none",)), self.score(source, packed, tokens, (own,))
+        needs = [Need("scores", plain, (scores_file("none"),))]
+        return (*needs, Need("kv_scores", with_kv, tuple(map(scores_file, asked)))) if asked else tuple(needs)
 
     def generate(self, source: Step, packed: Step, files: tuple[str, ...]) -> Step | None:
         """Both models' greedy answers to the recipe's prompts."""
@@ -568,13 +594,8 @@ class Graph:
         """One step a check, without its limits: those are judged, and a change of them measures nothing again. `served` makes the step
         that a check reads which asks an engine; None: there is none here, and such a check is skipped."""
         policy = self.recipe.kv_cache.policy
-        scores, kv_scores = self.score(source, packed, tokens, "none"), self.score(source, packed, tokens, policy)
-        outputs = {
-            "packed": Need("packed", packed),
-            "blocks": Need("blocks", quantized, ("*.safetensors",)),
-            "scores": Need("scores", scores),
-            "kv_scores": Need("kv_scores", kv_scores),
-        }
+        every = Need("packed", packed), Need("blocks", quantized, ("*.safetensors",)), *self.scores(source, packed, tokens)
+        outputs = {need.role: need for need in every}
         named = self.recipe.verify.checks
         for name, module in modules("checks").items():
             if not (module.ALWAYS or name in named or ("kv_scores" in module.READS and policy != "none")):

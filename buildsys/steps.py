@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from buildsys import deploy
 from buildsys.architecture import Architecture, fused
 from buildsys.errors import BuildError
-from buildsys.measurement import Measurement
+from buildsys.measurement import Measurement, scores_file
 from buildsys.relayout import Relayout, relayout
 from buildsys.scheme import Scheme, Schemes
 from buildsys.serving import guide
@@ -262,18 +262,20 @@ def _served(knobs: Mapping[str, Any], made: Relayout, held: Schemes, chat: bool)
 
 
 def score(request: Request, progress: Progress) -> dict[str, Any]:
-    """Both models' predictions on the verify text, one value a token; and how far apart they are after each block."""
+    """Both models' predictions on the verify text, one value a token, with each KV policy that is asked for; and how
+    far apart they are after each block."""
     from buildsys.io import checkpoint
-    from buildsys.quant.kv import fake_quantize
-    from buildsys.quant.score import score as compare
+    from buildsys.quant.kv import keep
+    from buildsys.quant.score import score_caches
 
-    keep_kv = None if request.knobs["kv"] == "none" else partial(fake_quantize, bits=8 if request.knobs["kv"] == "int8" else 4)
+    asked = request.knobs["kv"]
+    caches = {policy: keep(policy) for policy in ([asked] if isinstance(asked, str) else asked)}
     seen = checkpoint.load(request.read("tokens").path(TOKENS))["tokens"]
-    source = float_model(request.read("source"), request)
-    quantized = packed_model(request, keep_kv)
-    found = compare(source, quantized, seen, request.resources, progress)
-    checkpoint.save(request.stage / "scores.safetensors", found.tokens)
-    return {"block_drift": [float(f"{drift:.6g}") for drift in found.drift]}
+    source, quantized = float_model(request.read("source"), request), packed_model(request, None)
+    found = score_caches(source, quantized, caches, seen, request.resources, progress)
+    for policy, scores in found.items():
+        checkpoint.save(request.stage / scores_file(policy), scores.tokens)
+    return {"block_drift": {policy: [float(f"{drift:.6g}") for drift in scores.drift] for policy, scores in found.items()}}
 
 
 def generate(request: Request, progress: Progress) -> None:

@@ -121,6 +121,42 @@ def test_graph_has_its_steps_in_order(workspace: Path) -> None:
     assert [step.planned_key for step in planned(workspace, POLICY).steps] == [step.planned_key for step in made.steps]
 
 
+KV_CHECK = ("  kl: {max_nats: 9.0}", "  kl: {max_nats: 9.0}\n  kv: {max_increase_nats: 1.0}")
+ALL_POLICIES = "predictions beside the source's, KV cache none, int8, int4"
+
+
+def scored(made: Plan) -> list[str]:
+    return [step.title for step in made.steps if step.kind == "score"]
+
+
+def test_named_kv_check_has_its_policies_scored_in_one_walk(workspace: Path) -> None:
+    every = {policy: planned(workspace, KV_CHECK, ("policy: none", f"policy: {policy}")) for policy in ("none", "int8", "int4")}
+    assert all(scored(made) == [ALL_POLICIES] for made in every.values())
+    for before in every.values():
+        for after in every.values():
+            assert names(kinds_changed(before, after)) == ({"deployable folder", "kv"} if before is not after else set())
+    fewer = (KV_CHECK[0], KV_CHECK[1].replace("1.0}", "1.0, policies: [int8]}"))
+    assert scored(planned(workspace, fewer)) == ["predictions beside the source's, KV cache none, int8"]
+    assert scored(planned(workspace, fewer, ("policy: none", "policy: int4"))) == [ALL_POLICIES], "the recipe's own always is"
+    none = (KV_CHECK[0], KV_CHECK[1].replace("1.0}", "1.0, policies: []}"))
+    assert scored(planned(workspace, none)) == scored(planned(workspace)) == ["predictions beside the source's"]
+
+
+def test_policy_alone_is_scored_beside_what_is_scored_without_one(workspace: Path) -> None:
+    made = planned(workspace, POLICY)
+    assert scored(made) == ["predictions beside the source's", "predictions beside the source's, KV cache int8"]
+    other = planned(workspace, ("policy: none", "policy: int4"))
+    assert names(kinds_changed(made, other)) == {"deployable folder", "predictions beside the source's, KV cache int4", "kv"}
+
+
+def test_what_is_read_of_a_walk_over_policies_are_its_files(workspace: Path) -> None:
+    made = planned(workspace, KV_CHECK)
+    for check, step in made.measures:
+        read = {need.role: need.files for need in step.needs if need.step.kind == "score"}
+        expected = {"scores": ("scores.safetensors",), "kv_scores": ("scores-int8.safetensors", "scores-int4.safetensors")}
+        assert read == {role: files for role, files in expected.items() if role == "scores" or check == "kv"} or check in ("codes", "lint")
+
+
 def test_paths_and_names_are_in_no_key(workspace: Path, tmp_path: Path) -> None:
     elsewhere = runs.copy(workspace, tmp_path / "elsewhere" / "other")
     (elsewhere / "recipes/tiny.yaml").rename(elsewhere / "recipes/renamed.yaml")

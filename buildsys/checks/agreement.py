@@ -31,16 +31,7 @@ class Knobs(Frozen):
 def measure(knobs: Knobs, inputs: Mapping[str, Any], context: Any) -> list[Measurement]:
     """The mean of scores' `agree`, which is 1 where both models' most likely token is the same."""
     from buildsys.io.checkpoint import load
-    from buildsys.quant.bootstrap import interval
+    from buildsys.quant.bootstrap import share
 
-    scores = load(inputs["scores"].path("scores.safetensors"))
-    found = interval(scores["agree"]).clipped(0.0, 1.0)
-    low, high = wilson(found.value, scores["agree"].numel())
-    return [Measurement("share", found.value, "of tokens", min(found.low, low), max(found.high, high))]
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The score interval of a share of `count` (Wilson 1927): the least that any interval may claim, also where all tokens agree."""
-    z2 = 1.959964**2
-    middle, wing = share + z2 / (2 * count), (z2 * (share * (1 - share) / count + z2 / (4 * count**2))) ** 0.5
-    return (middle - wing) / (1 + z2 / count), (middle + wing) / (1 + z2 / count)
+    found = share(load(inputs["scores"].path("scores.safetensors"))["agree"])
+    return [Measurement("share", found.value, "of tokens", found.low, found.high)]

@@ -59,6 +59,20 @@ def interval(values: Tensor, statistic: Literal["mean", "exp-mean"] = "mean", se
     return Interval(*(map(_exp, ends) if statistic == "exp-mean" else ends))
 
 
+def share(values: Tensor) -> Interval:  # [windows, tokens] of 0 and 1
+    """The mean of what holds or does not; never surer than Wilson's interval of as many draws is, also where all of them agree."""
+    found = interval(values).clipped(0.0, 1.0)
+    low, high = wilson(found.value, values.numel())
+    return Interval(found.value, min(found.low, low), max(found.high, high))
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The score interval of a share of `count` (Wilson 1927): the least that any interval may claim."""
+    z2 = 1.959964**2
+    middle, wing = share + z2 / (2 * count), (z2 * (share * (1 - share) / count + z2 / (4 * count**2))) ** 0.5
+    return (middle - wing) / (1 + z2 / count), (middle + wing) / (1 + z2 / count)
+
+
 def _refuse_unusable(values: Tensor) -> None:
     if values.dim() != 2 or values.numel() < 2:
         what = f"scores of shape {list(values.shape)} have no spread to measure: at least two predicted tokens are needed"

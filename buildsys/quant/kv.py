@@ -7,6 +7,8 @@ so every number below that the kernel holds in `half` is rounded to float16 at t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -41,3 +43,9 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:  # -> [...
 def fake_quantize(x: Tensor, bits: Literal[8, 4]) -> Tensor:  # [..., head_dim] -> alike
     """`x` as attention reads it back from the cache, in x's own dtype. Finite input within float16's range is the caller's part."""
     return dequantize(*quantize(x, bits)).to(x.dtype)
+
+
+def keep(policy: str) -> Callable[[Tensor], Tensor] | None:
+    """What stands in for the cache of a policy (none, int8, int4); none: nothing does, it keeps what it is given."""
+    bits: dict[str, Literal[8, 4]] = {"int8": 8, "int4": 4}
+    return partial(fake_quantize, bits=bits[policy]) if policy != "none" else None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from buildsys.architecture import Architecture, llama_family
 from buildsys.io import checkpoint
+from buildsys.measurement import scores_file
 from buildsys.relayout import Relayout, relayout
 from buildsys.scheme import Scheme, Schemes
 
@@ -72,10 +73,11 @@ def random(windows: int = 12, tokens: int = 40, harm: float = 0.0, seed: int = 0
     }
 
 
-def write(folder: Path, scores: Mapping[str, Tensor]) -> Files:
+def write(folder: Path, scores: Mapping[str, Tensor], policy: str = "none") -> Files:
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(folder / "scores.safetensors", scores)
-    return Files({"scores.safetensors": folder / "scores.safetensors"})
+    name = scores_file(policy)
+    checkpoint.save(folder / name, scores)
+    return Files({name: folder / name})
 
 
 @pytest.fixture

@@ -31,8 +31,3 @@ def test_few_tokens_that_all_agree_prove_little(tmp_path: Path, made: Any) -> No
     (found,) = agreement.measure(agreement.Knobs(), {"scores": made.write(tmp_path, scores)}, made.Context())
     count = scores["agree"].numel()
     assert found.value == found.high == 1.0 and found.low == pytest.approx(count / (count + 1.959964**2))
-
-
-@pytest.mark.parametrize(("share", "count", "low", "high"), [(0.5, 100, 0.4038, 0.5962), (0.9, 20, 0.6990, 0.9721)])
-def test_wilson_against_tables(share: float, count: int, low: float, high: float) -> None:
-    assert agreement.wilson(share, count) == pytest.approx((low, high), abs=5e-4)

@@ -36,7 +36,7 @@ Inputs = tuple[Mapping[str, Any], Any]
 
 def scored(made: Any, folder: Path, harm: float) -> Inputs:
     plain, with_kv = made.random(harm=harm), made.random(harm=2 * harm)
-    inputs = {"scores": made.write(folder / "plain", plain), "kv_scores": made.write(folder / "kv", with_kv)}
+    inputs = {"scores": made.write(folder / "plain", plain), "kv_scores": made.write(folder / "kv", with_kv, "int4")}
     return inputs, made.Context({"kv_cache": {"policy": "int4"}})
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from buildsys.errors import BuildError
-from buildsys.quant.bootstrap import Interval, _student, interval
+from buildsys.quant.bootstrap import Interval, _student, interval, wilson
 
 
 def noise(windows: int, tokens: int = 32, seed: int = 0) -> Tensor:
@@ -92,3 +92,8 @@ def test_quantiles_of_student() -> None:
 def test_refuses_what_has_no_interval(values: Tensor) -> None:
     with pytest.raises(BuildError):
         interval(values)
+
+
+@pytest.mark.parametrize(("share", "count", "low", "high"), [(0.5, 100, 0.4038, 0.5962), (0.9, 20, 0.6990, 0.9721)])
+def test_wilson_against_tables(share: float, count: int, low: float, high: float) -> None:
+    assert wilson(share, count) == pytest.approx((low, high), abs=5e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from buildsys.formats import smooth_quant
 from buildsys.io.checkpoint import Checkpoint
+from buildsys.quant.block import Block
 from buildsys.quant.grid import min_max
+from buildsys.quant.kv import keep
 from buildsys.quant.model import HEAD_CHUNK_TOKENS, Head, Model
 from buildsys.quant.rotary import tables
-from buildsys.quant.score import SCORES, compare_window, score
+from buildsys.quant.score import SCORES, compare_window, score, score_caches
 from buildsys.scheme import Scheme, Schemes
 from buildsys.step import Resources
 from tests import models
@@ -121,6 +124,37 @@ def test_threads_and_batch_change_no_bit(tmp_path: Path) -> None:
     one, other = models.opened(models.tiny_llama(tmp_path / "a")), models.opened(models.tiny_llama(tmp_path / "b", seed=1))
     runs = [score(one, other, models.tokens(5, 20), Resources(*said), quiet).tokens for said in ((1, 1), (3, 1), (3, 8))]
     assert all(torch.equal(run[name], runs[0][name]) for run in runs for name in SCORES)
+
+
+class Counted:
+    """A model that counts the blocks that are read of it."""
+
+    def __init__(self, model: Model) -> None:
+        self._model, self.read = model, 0
+
+    def block(self, layer: int) -> Block:
+        self.read += 1
+        return self._model.block(layer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_policies_in_one_walk_are_to_the_bit_those_of_each_alone(tmp_path: Path, threads: int) -> None:
+    one = models.opened(models.tiny_llama(tmp_path / "a", head_dim=64))
+    two = models.opened(models.tiny_llama(tmp_path / "b", seed=1, head_dim=64))
+    tokens, resources, policies = models.tokens(4, 20), Resources(threads), ("none", "int8", "int4")
+    source, quantized = Counted(one), Counted(two)
+    together = score_caches(source, quantized, {name: keep(name) for name in policies}, tokens, resources, quiet)  # type: ignore[arg-type]
+    assert source.read == quantized.read == one.architecture.layers, "each block is read and unpacked once"
+    assert tuple(together) == policies
+    for name in policies:
+        alone = score(one, replace(two, keep_kv=keep(name)), tokens, Resources(), quiet)
+        assert together[name].drift == alone.drift
+        assert all(torch.equal(together[name].tokens[part], alone.tokens[part]) for part in SCORES)
+    kl = [together[name].tokens["kl"] for name in policies]
+    assert not torch.equal(kl[0], kl[1]) and (kl[2] - kl[0]).abs().mean() > 3 * (kl[1] - kl[0]).abs().mean()
 
 
 def test_long_windows_are_scored_in_pieces_without_a_seam() -> None:
