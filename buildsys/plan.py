@@ -334,6 +334,12 @@ def _serving(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> footprint.Se
     )
 
 
+def serving_with(recipe: Recipe, surveyed: Survey, schemes: Schemes, policy: gpus.KvPolicy) -> tuple[footprint.Serving | None, str]:
+    """How the recipe's target would serve it with another KV policy (None: it names none), and the engine that would."""
+    other = recipe.model_copy(update={"kv_cache": recipe.kv_cache.model_copy(update={"policy": policy})})
+    return _serving(other, surveyed, schemes), engine(other, surveyed)[0]
+
+
 def _building(recipe: Recipe, surveyed: Survey, schemes: Schemes, threads: int) -> footprint.Building:
     return footprint.building(
         surveyed.architecture,

@@ -15,8 +15,9 @@ import runs
 
 from buildsys import gpus
 from buildsys.errors import BuildError, BuildErrors
+from buildsys.gpus import KvPolicy
 from buildsys.outlook import outlook
-from buildsys.plan import Plan, plan
+from buildsys.plan import Plan, plan, serving_with
 from buildsys.scheme import Scheme, Schemes
 from buildsys.step import Need, digest, reads
 from buildsys.store import Store
@@ -416,6 +417,17 @@ def test_heads_without_a_kernel(workspace: Path, config: dict[str, int], gpu: st
     assert any(held in note and "PyTorch engine" in note for note in made.notes), made.notes
     assert made.artifact.knobs["engine"] == "pytorch"
     assert not any(held in note for note in planned(workspace).notes), "without a target nothing is asked of a GPU"
+
+
+def test_each_policy_beside_the_recipes_own_is_planned(workspace: Path) -> None:
+    with_model(workspace, num_attention_heads=2, num_key_value_heads=1, head_dim=192)
+    made = planned(workspace, ("group_size: 32", "group_size: 128"), (TARGET[0], "format: awq\ntarget: {gpu: a10}"))
+    policies: tuple[KvPolicy, ...] = ("none", "int8", "int4")
+    served = {policy: serving_with(made.recipe, made.survey, made.layers.schemes, policy) for policy in policies}
+    assert [engine for _, engine in served.values()] == ["turbomind", "turbomind", "pytorch"], "192 has no kernel for int4"
+    assert served["none"][0] == made.serving
+    tokens = [serving.pool_tokens for serving, _ in served.values() if serving is not None]
+    assert len(tokens) == 3 and 1.9 < tokens[1] / tokens[0] < 2 and 3.5 < tokens[2] / tokens[0] < 4
 
 
 def test_session_longer_than_the_models_positions(workspace: Path) -> None:

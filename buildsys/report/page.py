@@ -14,7 +14,7 @@ from markupsafe import Markup
 from buildsys.footprint import GIB
 from buildsys.release.facts import Facts
 from buildsys.release.resolved import text
-from buildsys.report import plots, sections
+from buildsys.report import plots, policies, sections
 from buildsys.report.axes import fit, linear
 from buildsys.report.markup import in_bytes, in_seconds, number, render, unit_of
 from buildsys.report.view import View
@@ -33,6 +33,7 @@ def page(facts: Facts, view: View | None = None) -> str:
     """HTML."""
     view = view or View()
     recipe, sizes, memory = facts.plan.recipe, sections.sizes(facts), sections.memory(facts)
+    rows, kv = tuple(row for row in sections.rows(facts) if not policies.in_the_table(row)), policies.policies(facts)
     return render(
         "page.html.jinja",
         facts=facts,
@@ -44,8 +45,11 @@ def page(facts: Facts, view: View | None = None) -> str:
         source=sections.source_name(recipe),
         format=recipe.format.name,
         tiles=list(_tiles(facts, sizes)),
-        rows=sections.rows(facts),
-        intervals=list(intervals(sections.rows(facts))),
+        rows=rows,
+        intervals=list(intervals(rows)),
+        kv=kv,
+        kv_advice=list(policies.advice(kv)),
+        kv_strips=list(policies.strips(facts, kv)),
         errors=errors(facts),
         worst=sections.worst(facts, 5),
         roles=sections.roles(facts),

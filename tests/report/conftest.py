@@ -50,6 +50,17 @@ def plain(tiny: Path) -> tuple[Facts, View]:
 
 
 @pytest.fixture(scope="session")
+def cached(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Facts, View]:
+    """With the kv check: every policy was scored, int8 is the recipe's own, and a target is named."""
+    workspace = runs.copy(tiny, tmp_path_factory.mktemp("cached") / "workspace")
+    recipe = workspace / "recipes" / "tiny.yaml"
+    runs.edit(recipe, "  kl: {max_nats: 9.0}", "  kl: {max_nats: 9.0}\n  kv: {max_increase_nats: 1.0}\ntarget: {gpu: t4}")
+    runs.edit(recipe, "policy: none", "policy: int8")
+    runs.doit(workspace, "build", "recipe=tiny").fine()
+    return facts_of(workspace, "tiny")
+
+
+@pytest.fixture(scope="session")
 def large(shown: tuple[Facts, View]) -> tuple[Facts, View]:
     """80 layers, 200 prompts, long and hostile names, numbers that are none, and all three verdicts."""
     facts, _ = shown
@@ -110,7 +121,9 @@ def entries(count: int) -> list[Entry]:
 
 
 @pytest.fixture(scope="session")
-def pages(shown: tuple[Facts, View], plain: tuple[Facts, View], large: tuple[Facts, View], bare: tuple[Facts, View]) -> dict[str, str]:
+def pages(
+    shown: tuple[Facts, View], plain: tuple[Facts, View], cached: tuple[Facts, View], large: tuple[Facts, View], bare: tuple[Facts, View]
+) -> dict[str, str]:
     """Every kind of page."""
     nan = float("nan")
     odd = [
@@ -120,6 +133,7 @@ def pages(shown: tuple[Facts, View], plain: tuple[Facts, View], large: tuple[Fac
     return {
         "demo": page(*shown),
         "plain": page(*plain),
+        "cached": page(*cached),
         "large": page(*large),
         "bare": page(*bare),
         "catalogue 0": catalogue([]),

@@ -12,7 +12,7 @@ import pytest
 
 WANTED = "chromium" in os.environ.get("BUILDSYS_TEST_REQUIRE", "")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-NAMES = ("demo", "plain", "large", "bare", "catalogue 0", "catalogue 1", "catalogue 3", "catalogue 200")
+NAMES = ("demo", "plain", "cached", "large", "bare", "catalogue 0", "catalogue 1", "catalogue 3", "catalogue 200")
 VIEWS = ((1280, "light"), (390, "dark"), (600, "light"), (390, "light"), (1280, "dark"), (768, "light"), (320, "light"))
 THOROUGH = ("demo", "catalogue 3")  # in all of VIEWS; other pages in the first three
 

@@ -19,7 +19,7 @@ from buildsys.report.page import page
 from buildsys.report.view import NO_OUTLIERS, NO_PROMPTS, View
 
 Shown = tuple[Facts, View]
-NAMES = ("demo", "plain", "large", "bare", "catalogue 0", "catalogue 1", "catalogue 3", "catalogue 200")
+NAMES = ("demo", "plain", "cached", "large", "bare", "catalogue 0", "catalogue 1", "catalogue 3", "catalogue 200")
 VOID = {"meta", "br", "wbr", "img", "link", "input", "hr"}
 
 
@@ -111,7 +111,7 @@ def test_links_that_are_no_links_lead_nowhere(shown: Shown) -> None:
     assert listed.count("<script>") == 1
 
 
-@pytest.mark.parametrize("of", ["shown", "plain", "large"])
+@pytest.mark.parametrize("of", ["shown", "plain", "cached", "large"])
 def test_every_measurement_is_told(of: str, request: pytest.FixtureRequest) -> None:
     facts, view = request.getfixturevalue(of)
     text = "".join(parse(page(facts, view)).text)
