@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,14 +25,14 @@ import torch
 import xgrammar
 from lmdeploy import turbomind
 from lmdeploy._guided_decoding import compile_response_format
-from lmdeploy.messages import EngineOutput, GenerationConfig, ResponseType, ScheduleMetrics, TurbomindEngineConfig
+from lmdeploy.messages import EngineOutput, GenerationConfig, RequestMetrics, ResponseType, ScheduleMetrics, TurbomindEngineConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests import readers
 
-FREE_MIB = 1000  # of the GPU that there is none of
+FREE_MIB = float(os.environ.get("GPUHOST_FREE_MIB", "1000"))  # of the GPU that there is none of
 
 
 class RoundedCache(DynamicCache):
@@ -125,7 +126,8 @@ class CpuInstance:
                 yield EngineOutput(ResponseType.CANCEL, [])
                 return
             last = ended or written + 1 == gen_config.max_new_tokens
-            yield EngineOutput(ResponseType.FINISH if last else ResponseType.SUCCESS, [token])
+            metrics = RequestMetrics(token_timestamp=time.time(), engine_events=[])
+            yield EngineOutput(ResponseType.FINISH if last else ResponseType.SUCCESS, [token], req_metrics=metrics)
             if last:
                 return
 

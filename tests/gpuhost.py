@@ -12,6 +12,7 @@ from pathlib import Path
 import lmdeployed
 
 NAME, DRIVER, TOTAL_MIB = "NVIDIA H200", "580.95.05", 143771
+FREE_MIB = 1000  # that engines share out
 CPU_LMDEPLOY = Path(__file__).resolve().parent / "cpu_lmdeploy.py"
 
 SMI = """#!{python}
@@ -41,6 +42,7 @@ def environment(folder: Path, name: str = NAME) -> dict[str, str]:
         "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}",
         "BUILDSYS_LMDEPLOY": str(bin / "python"),
         "GPUHOST": str(memory),
+        "GPUHOST_FREE_MIB": str(FREE_MIB),
         "CUDA_VISIBLE_DEVICES": "0",
         "OMP_NUM_THREADS": "1",
     }

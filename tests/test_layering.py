@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipe", "survey"),
     ("linears",),
     ("workspace", "plan"),
-    ("recipe_schema", "history", "outlook", "verdict", "steps", "worker"),
+    ("recipe_schema", "history", "outlook", "verdict", "trials", "steps", "worker"),
     ("release",),
     ("report",),
     ("driver",),
@@ -114,7 +114,8 @@ def test_heavy_packages_are_imported_late(path: Path) -> None:
     computes = name(path).startswith(("io.", "quant.")) and name(path) != "io.headers"
     for imported, at_import in imports(ast.parse(path.read_text())):
         top = imported.partition(".")[0]
-        assert top != "transformers", "the product computes with its own code; transformers is the tests' oracle"
+        measured_beside = name(path) == "serving.plain_transformers"  # runs in LMDeploy's Python, and is what others compute with
+        assert top != "transformers" or measured_beside, "the product computes with its own code; transformers is the tests' oracle"
         assert top not in HEAVY or not at_import or computes, f"{name(path)} imports {imported} whenever it is imported"
         assert top != "doit" or name(path) in ("tasks", "reporter", "commands"), "doit is known to these three alone"
 

@@ -69,7 +69,6 @@ class Knobs(Frozen):
         default=None, description="least share of greedy tokens that the dequantized model writes too (or holds within 0.02 nats)"
     )
 
-
     @model_validator(mode="after")
     def _source_is_measured(self) -> Knobs:
         if self.min_speedup is not None and "source" not in self.beside:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from http.client import HTTPException, HTTPResponse
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError, URLError
 from urllib.request import ProxyHandler, Request, build_opener
@@ -82,9 +83,9 @@ class Client:
     def _openai(self, path: str) -> Iterator[None]:
         """Around calls of the openai package: what it raises becomes a BuildError."""
         _ = self._sdk
-        import httpx
         import openai
 
+        http = import_module(openai.DefaultHttpxClient.__bases__[0].__module__.partition(".")[0])  # httpx of openai 2, httpx2 of openai 3
         try:
             yield
         except openai.APITimeoutError:
@@ -95,9 +96,9 @@ class Client:
             raise self._broken(path, str(error.__cause__ or error)) from None
         except openai.APIError as error:  # an error in the middle of a stream
             raise self._failed(path, str(error)) from None
-        except httpx.TimeoutException:
+        except http.TimeoutException:
             raise self._late(path) from None
-        except httpx.HTTPError as error:
+        except http.HTTPError as error:
             raise self._broken(path, str(error)) from None
         except ValueError as error:  # what it sent is no JSON
             raise self._unknown(path, str(error)) from None

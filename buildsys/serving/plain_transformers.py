@@ -24,7 +24,7 @@ def main(asked: Mapping[str, Any]) -> dict[str, Any]:
 
     cuda, new = torch.cuda.is_available(), asked["new_tokens"]
     began = time.monotonic()
-    made = AutoModelForCausalLM.from_pretrained(asked["model"], torch_dtype=torch.float16 if cuda else torch.float32)
+    made: Any = AutoModelForCausalLM.from_pretrained(asked["model"], dtype=torch.float16 if cuda else torch.float32)
     model = made.to("cuda" if cuda else "cpu").eval()
     load_s = time.monotonic() - began
 

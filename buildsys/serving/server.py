@@ -78,6 +78,7 @@ class Server:
         self._command, self._timeout_s, self._environment, self._waiting = list(command), timeout_s, environment, waiting
         self._port = urlsplit(url).port or 80
         self._process: subprocess.Popen[bytes] | None = None
+        self._why = ""  # we ended it ourselves
         self._before = 0  # bytes of the log that are older than this run
 
     def __enter__(self) -> Server:
@@ -116,9 +117,9 @@ class Server:
             time.sleep(LOOK_EVERY_S)
         return self._ended(process)
 
-    def kill(self) -> None:
-        """Ends it at once, from any thread: what waits for its answer fails, and `check` says how it ended. `stop` is still due."""
-        process = self._process
+    def kill(self, why: str) -> None:
+        """Ends it at once, from any thread: what waits for its answer fails, and `check` then says why. `stop` is still due."""
+        process, self._why = self._process, why
         if process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -187,7 +188,9 @@ class Server:
 
     def _ended(self, process: subprocess.Popen[bytes]) -> BuildError:
         status = _status(process)
-        if status is not None and status < 0:
+        if self._why:
+            what = self._why
+        elif status is not None and status < 0:
             killed = -status == signal.SIGKILL
             what = f"was ended by {_signal(-status)}{', as the kernel does where memory runs out' if killed else ''}"
         else:

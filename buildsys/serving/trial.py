@@ -81,7 +81,7 @@ def run(case: Case, asked: Asked, host: Host, log: Path, progress: Callable[[str
     with Server(how, f"http://127.0.0.1:{port}", log, asked.timeout_s, ENVIRONMENT) as server:
         load_s = time.monotonic() - began
         loaded = _more(before, memory_each())
-        with _Deadline(server, asked.timeout_s - load_s), _Peak() as peak:
+        with _Deadline(server, asked.timeout_s, asked.timeout_s - load_s), _Peak() as peak:
             found = _questions(case, asked, Client(server.url, asked.timeout_s), progress)
     budget = pool_bytes(log)
     return {
@@ -146,7 +146,8 @@ def _tool_failures(client: Client, said: Mapping[str, Any]) -> Iterator[str]:
     wrong = ""
     for how in DRAWS:
         answer = client.chat(messages, tools=[TOOL], tool_choice="required", max_tokens=CALL_TOKENS, **how)
-        message, calls = answer.choices[0].message, answer.choices[0].message.tool_calls or []
+        message = answer.choices[0].message
+        calls = [call for call in message.tool_calls or () if call.type == "function"]
         wrong = f"asked for a tool call, it wrote {message.content!r}"
         if calls:
             wrong = unlike(calls[0].function.name, calls[0].function.arguments)
@@ -219,25 +220,18 @@ class _Peak:
 
 
 class _Deadline:
-    """Ends the server when the body takes longer: whatever waits for it then fails, and that failure is told as what it is."""
+    """Ends the server when the body takes longer: whatever waits for its answers fails then, and the server says why."""
 
-    def __init__(self, server: Server, timeout_s: float) -> None:
-        self._server, self._timeout_s, self._late = server, timeout_s, False
-        self._timer = threading.Timer(max(0.0, timeout_s), self._end)
+    def __init__(self, server: Server, whole_s: float, left_s: float) -> None:
+        why = f"was not done within {whole_s:g} s (verify.serve.timeout_s), and was ended"
+        self._timer = threading.Timer(max(0.0, left_s), server.kill, [why])
         self._timer.daemon = True
 
     def __enter__(self) -> None:
         self._timer.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._timer.cancel()
-        if self._late and isinstance(error, BuildError):
-            what = f"was not done within timeout_s, and was ended: {error.where}: {error.what}"
-            raise BuildError(f"server at {self._server.url}", what, "read its log, or set verify.serve.timeout_s higher") from error
-
-    def _end(self) -> None:
-        self._late = True
-        self._server.kill()
 
 
 # Beside the engine
