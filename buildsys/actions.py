@@ -86,7 +86,8 @@ def _table(session: Session, name: str, sizes: bool) -> list[str]:
 
 def _expected(step: Step, plan: Plan) -> str:
     seconds, size = plan.building.seconds.get(step.kind), plan.building.disk_bytes.get(step.kind)
-    said = [f"about {show.seconds(seconds)}"] if seconds is not None else []
+    alike = sum(one.kind == step.kind for one in plan.steps)  # the plan knows what a kind takes in all
+    said = [f"about {show.seconds(seconds / alike)}"] if seconds is not None else []
     said += [show.size(size)] if size is not None else []
     return f"  ({', '.join(said)})" if said else ""
 

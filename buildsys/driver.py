@@ -116,9 +116,9 @@ class Session:
         errors: list[BuildError] = []
         for name in names:
             try:
-                recipe = self.workspace.load(name)
-                beside = (self._host,) if needs_engine(recipe) else ()
-                self.plans.setdefault(name, plan(recipe, self.store, self.settings.threads, *beside))
+                recipe, settings = self.workspace.load(name), self.settings
+                beside = {"host": self._host} if needs_engine(recipe) else {}
+                self.plans.setdefault(name, plan(recipe, self.store, settings.threads, device=settings.device, **beside))
             except BuildErrors as several:
                 errors += several.errors
             except BuildError as error:

@@ -1,35 +1,42 @@
-"""Bytes and seconds before anything runs: what an artifact takes on its target GPU, and what building it takes here.
+"""Bytes of serving, before anything runs: how one GPU of the target is filled, and how fast it would decode.
 
-Serving follows TurboMind (LMDeploy at commit 1263d5cd): weights as linear_weight.cc holds them, the KV pool as turbomind.cc CreateEngine
-sizes it, workspace by the buffers of unified_attention_layer.cc and language_model.cc. No torch here: `doit plan` and `doit check` use it.
+After TurboMind (LMDeploy 0.18's binary and Python; src/turbomind at commit 1263d5cd, weeks older): weights as builders/ and
+linear_weight.cc hold them, the KV pool as turbomind.cc CreateEngine sizes it and memory/ cuts it up, buffers by
+unified_attention_layer.cc, language_model.cc and generation.cc. What the source does not tell was measured (benchmarks/planner.py).
+No torch here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil, floor, prod
+from math import ceil, prod
 from types import MappingProxyType
-from typing import Literal
 
-from buildsys.architecture import Architecture, Linear, Site
-from buildsys.gpus import GPU, KvPolicy
-from buildsys.scheme import Schemes
+from buildsys.architecture import Architecture, Linear
+from buildsys.gpus import GPU, KvPolicy, decode_layer_s
+from buildsys.scheme import Scheme, Schemes
 
 GIB = 2**30
+MIB = 2**20
 KV_BITS: Mapping[KvPolicy, int] = MappingProxyType({"none": 16, "int8": 8, "int4": 4})
 
 # TurboMind's own numbers.
 KV_BLOCK_TOKENS = 64  # messages.py cache_block_seq_len: a session takes whole blocks
-PREFILL_TOKENS = 8192  # messages.py max_prefill_token_num: tokens of one forward
+PREFILL_TOKENS = 8192  # messages.py max_prefill_token_num: a forward takes so many, and one of each session that decodes
+PAGE_BYTES = 32 * MIB  # memory/object.cc kPageSize, and the least slab
+SLAB_MOST_BYTES = GIB  # kMaxSlabSize
+SLAB_USED = 0.95  # kUtilThresh
+PHASES = 2  # turbomind.cc: buffers of a batch are there twice, since the next is prepared while one runs
 SPLIT_K_TOKENS = 4096  # unified_attention_layer.h kMaxWorkspaceTokens
-GEMM_BYTES = 33 * 2**20  # gemm.h kBarriersSize + kPartialsSize
+LOGPROBS = 1024  # utils/constant.h kMaxLogProb, of each session
 
-# Estimates, to be replaced by measurement on the target.
-CONTEXT_BYTES = int(0.6 * GIB)  # CUDA context, loaded kernels, cuBLAS
-GROUP_BYTES = int(0.3 * GIB)  # NCCL and symmetric buffers where several GPUs share a model
-SAMPLED_AT_ONCE = 16  # quant/sample.py MICRO_BATCH
-BANDWIDTH_SHARE = 0.6  # of the data sheet's, that weights stream at: gpu-kit, fp16 at batch 1 on an H200, reached 0.51
+# Measured, or to be.
+CONTEXT_BYTES = int(0.6 * GIB)  # CUDA context, loaded kernels, workspace of matrix products
+GROUP_BYTES = int(0.3 * GIB)  # NCCL's buffers where several GPUs share a model
+BANDWIDTH_SHARE = 0.8  # of the data sheet's, that weights and the cache stream at
+PRODUCT_SHARE = 0.5  # of the tensor cores' throughput, that products of a large batch reach
+CONTEXT_TOKENS = 1024  # that each session is taken to hold while it decodes, or all that it may
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,75 @@ class TensorBytes:
     quantized: bool
     disk_bytes: int
     gpu_bytes: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """Weights on one of `count` GPUs. `experts_bytes` is part of `total_bytes`."""
+
+    count: int
+    total_bytes: int
+    table_bytes: int  # of the embedding, of which a step reads a row for each session
+    experts_bytes: int
+    computed: int  # numbers that one token is multiplied with
+
+    def read_bytes(self, architecture: Architecture, batch: int) -> int:
+        """What one decode step of `batch` sessions reads: of a mixture the experts that one of them asks, by chance."""
+        experts = architecture.experts
+        idle = 0.0 if experts is None else (1 - experts.per_token / experts.count) ** batch
+        return int(self.total_bytes - self.table_bytes - idle * self.experts_bytes)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The KV cache as memory/ cuts it up: pages of 32 MiB, of them slabs, of them blocks of one size."""
+
+    total_bytes: int
+    block_bytes: int
+    slab_bytes: int
+    slab_blocks: int
+
+    @property
+    def blocks(self) -> int:
+        return self.total_bytes // PAGE_BYTES // (self.slab_bytes // PAGE_BYTES) * self.slab_blocks
+
+    @property
+    def tokens(self) -> int:
+        return self.blocks * KV_BLOCK_TOKENS
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What the engine allocates beside weights and pool. `forward` and `head` are never alive together."""
+
+    fixed_bytes: int  # from its start to its end
+    forward_bytes: int  # the largest forward through the blocks
+    head_bytes: int  # logits of a whole batch and what sampling makes of them
+
+    @property
+    def total_bytes(self) -> int:
+        return self.fixed_bytes + max(self.forward_bytes, self.head_bytes)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Tokens a second of `batch` sessions together, each with `context_tokens` in the cache."""
+
+    batch: int
+    context_tokens: int
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a recipe asks of its target: `count` of these GPUs together, and the engine's settings."""
+
+    gpu: GPU
+    count: int
+    kv_policy: KvPolicy
+    max_entry_count: float
+    session_len: int
+    max_batch_size: int
 
 
 @dataclass(frozen=True)
@@ -58,9 +134,8 @@ class Serving:
     session_bytes: int  # KV of session_len tokens
     pool_tokens: int
     sessions: int  # of session_len tokens at once, max_batch_size at most
-    decode_bound_tokens_per_s: float  # batch 1, from bandwidth alone: an upper bound
+    decode: tuple[Decode, ...]  # at batch 1, and at max_batch_size; estimates from bandwidth
     spare_bytes: int  # the smaller margin of the two that decide; below 0 where it does not fit
-    hint: str  # what to change where it does not fit; empty where it does
 
     @property
     def fits(self) -> bool:
@@ -70,39 +145,6 @@ class Serving:
     def needed_bytes(self) -> int:
         """The least that this model can be served from: context, weights, workspace and one full session."""
         return self.context_bytes + self.weights_bytes + self.workspace_bytes + self.session_bytes
-
-
-@dataclass(frozen=True)
-class Building:
-    """What one clean build takes: seconds for each kind of step, disk that it fills, and the largest moment in memory."""
-
-    seconds: Mapping[str, float]
-    disk_bytes: Mapping[str, int]
-    host_bytes: int
-    gpu_bytes: int
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What a machine reaches in buildsys, not what its maker prints."""
-
-    flops: float  # in large matrix products
-    bytes_per_s: float  # of memory, in elementwise work
-    serial_flops: float  # in what runs one after another: scale search and the solver
-    column_s: float  # one column of GPTQ's loop
-    token_s: float  # one layer of one token, for a micro-batch of sampling
-
-
-def cpu_speed(threads: int) -> Speed:
-    """60 GFLOP/s a core: torch reached 107 in one 1,024^3 product on this project's 2-core host, and half of it in whole forwards."""
-    return Speed(60e9 * threads, 6e9 * min(threads, 4), 60e9, 100e-6, 1.5e-3 / threads)
-
-
-def cuda_speed(gpu: GPU) -> Speed:
-    """Scaled from one H200 (facts.md, a layer of 7B width, 128 x 2,048 tokens): forward and Gram 0.47 s is 0.23 of its tensor peak, GPTQ
-    2.05 s over 35,584 columns."""
-    flops = 0.23 * gpu.fp16_tflops * 1e12
-    return Speed(flops, 0.5 * gpu.bandwidth_gb_s * 1e9, flops, 55e-6, 0.75e-3)
 
 
 def weights(architecture: Architecture, schemes: Schemes | None) -> tuple[TensorBytes, ...]:
@@ -128,6 +170,57 @@ def weights(architecture: Architecture, schemes: Schemes | None) -> tuple[Tensor
     return tuple(found)
 
 
+def part(architecture: Architecture, tensor: str) -> str:
+    """What a tensor is a part of: embeddings, output head, attention, MLP, norms and biases."""
+    if tensor in (architecture.embed, architecture.lm_head):
+        return "embeddings" if tensor == architecture.embed else "output head"
+    role = next((each.role for each in architecture.linears if tensor.endswith(f".{each.name}.weight")), None)
+    return "norms and biases" if role is None else "MLP" if role in ("gate", "up", "gate_up", "down") else "attention"
+
+
+def held(architecture: Architecture, schemes: Schemes | None, count: int = 1) -> Held:
+    """On one of `count` GPUs. Matrices are shared out over them; norms, biases and routers are copied to each (builders/_base.py).
+
+    What does not divide is padded first: builders/attention.py repeats KV heads, ffn.py rounds the inner size up to whole groups on every
+    GPU, text_model.py gives the head's rows a multiple of 8 on every GPU.
+    """
+    linears = {architecture.prefix(layer) + each.name: each for layer in range(architecture.layers) for each in architecture.linears}
+    total = experts = table = computed = 0.0
+    asked = 1.0 if architecture.experts is None else architecture.experts.per_token / architecture.experts.count
+    for each in weights(architecture, schemes):
+        module = each.name.removesuffix(".weight")
+        linear = linears.get(module)
+        if each.name in (architecture.embed, architecture.lm_head):
+            padded = ceil(architecture.vocab_size / (8 * count)) * 8 * count if count > 1 else architecture.vocab_size
+            size = each.gpu_bytes / count * (padded / architecture.vocab_size if each.name == architecture.lm_head else 1)
+            table += 2 * prod(each.shape) / count if each.name == architecture.embed else 0
+            computed += prod(each.shape) / count if each.name == (architecture.lm_head or architecture.embed) else 0
+        elif linear is None or len(each.shape) == 1:
+            size = float(each.gpu_bytes)
+        else:
+            scheme = schemes.of(module) if schemes is not None else None
+            size = each.gpu_bytes / count * _padding(architecture, linear, scheme, count)
+            experts += size if linear.expert is not None else 0
+            computed += prod(each.shape) / count * (asked if linear.expert is not None else 1)
+        total += size
+    return Held(count, ceil(total), int(table), int(experts), int(computed))
+
+
+def _padding(architecture: Architecture, linear: Linear, scheme: Scheme | None, count: int) -> float:
+    """How many times as large a matrix is when it divides over `count` GPUs."""
+    heads, kv_heads = architecture.heads, architecture.kv_heads
+    repeated = ceil(kv_heads / count) * count
+    if linear.role in ("k", "v"):
+        return repeated / kv_heads
+    if linear.role == "qkv":
+        return (heads + 2 * repeated) / (heads + 2 * kv_heads)
+    if linear.role in ("q", "o") or count == 1:
+        return 1.0
+    inner = architecture.intermediate_size
+    unit = count * max(1, scheme.group_size if scheme is not None else 1)
+    return ceil(inner / unit) * unit / inner
+
+
 def kv_bytes_per_token(architecture: Architecture, policy: KvPolicy, count: int = 1) -> int:
     """On one of `count` GPUs: layers x heads x (K, V) x (head_dim numbers, and a float16 scale and zero where they are quantized).
 
@@ -138,25 +231,67 @@ def kv_bytes_per_token(architecture: Architecture, policy: KvPolicy, count: int 
     return architecture.layers * ceil(architecture.kv_heads / count) * 2 * head_bytes
 
 
-def workspace_bytes(architecture: Architecture, session_len: int, max_batch_size: int, count: int = 1) -> int:
-    """Activations of the largest forward and the engine's fixed buffers, on one of `count` GPUs. float16 unless said.
+def pool(total_bytes: int, block_bytes: int) -> Pool:
+    """A slab is the least power of two, from 32 MiB to 1 GiB, of which blocks fill 95%; the rest of it is lost (memory/slab.h)."""
+    slab_bytes = max(PAGE_BYTES, 1 << (block_bytes - 1).bit_length())
+    while slab_bytes // block_bytes * block_bytes < SLAB_USED * slab_bytes and slab_bytes < SLAB_MOST_BYTES:
+        slab_bytes *= 2
+    return Pool(total_bytes, block_bytes, slab_bytes, slab_bytes // block_bytes)
 
-    Alive at once: the residual and two hidden states of PREFILL_TOKENS (fewer where no batch has so many); the larger of attention
-    (q, k, v, its output, and one session's keys and values unpacked) and MLP (gate, up, their product, of a mixture for each expert that
-    a token asks); split-k partial sums in float32;
-    and a batch's logits in float16, then float32, then sampling's sorted copy and indices.
+
+def workspace(architecture: Architecture, session_len: int, max_batch_size: int, count: int = 1) -> Workspace:
+    """Buffers on one of `count` GPUs, float16 unless said, of the largest forward that the scheduler makes.
+
+    A forward prefills PREFILL_TOKENS at most, no more than session_len of context (turbomind.cc max_context_token_num), and decodes a token
+    of each other session. Alive in it: the residual and hidden states; of attention q, k, v, its output and the context's keys and values
+    unpacked; of an MLP gate and up, of a mixture for each expert that a token asks, with their routes and outputs.
+    Fixed: float32 partial sums of split-k, ids and log-probabilities of every session, tables of blocks.
     """
-    tokens = min(PREFILL_TOKENS, session_len * max_batch_size)
-    head, kv_heads = architecture.head_dim, ceil(architecture.kv_heads / count)
-    heads = ceil(architecture.heads / count)
-    hidden_bytes = 3 * 2 * tokens * architecture.hidden_size
-    unpacked_bytes = 2 * 2 * (session_len + KV_BLOCK_TOKENS) * kv_heads * head
-    attention_bytes = 2 * tokens * (2 * heads + 2 * kv_heads) * head + unpacked_bytes
-    asked = 1 if architecture.experts is None else architecture.experts.per_token
-    mlp_bytes = 2 * tokens * asked * 3 * ceil(architecture.intermediate_size / count)
-    split_bytes = 4 * SPLIT_K_TOKENS * heads * (head + 2)
-    logits_bytes = max_batch_size * architecture.vocab_size * (2 + 4 + 4 + 4)
-    return hidden_bytes + max(attention_bytes, mlp_bytes) + split_bytes + logits_bytes + GEMM_BYTES + (GROUP_BYTES if count > 1 else 0)
+    context = session_len if session_len > max_batch_size else session_len * session_len
+    tokens = min(PREFILL_TOKENS, context) + max_batch_size
+    head_dim, heads, kv_heads = architecture.head_dim, ceil(architecture.heads / count), ceil(architecture.kv_heads / count)
+    hidden, inner, experts = architecture.hidden_size, ceil(architecture.intermediate_size / count), architecture.experts
+    unpacked = 2 * 2 * (context + KV_BLOCK_TOKENS) * kv_heads * head_dim
+    attention = 2 * tokens * (2 * heads + 2 * kv_heads) * head_dim + unpacked
+    mlp = 2 * tokens * 2 * inner
+    if experts is not None:
+        mlp = tokens * experts.per_token * (2 * 2 * inner + 2 * hidden + 4 * 4) + 2 * 4 * tokens * experts.count
+    split = 4 * SPLIT_K_TOKENS * (heads * (head_dim + 2) + 1)
+    tables = PHASES * 8 * max_batch_size * ceil(session_len / KV_BLOCK_TOKENS)
+    sessions = max_batch_size * (4 * session_len + PHASES * 8 * LOGPROBS)
+    shared = 2 * max((PREFILL_TOKENS + max_batch_size) * hidden, max_batch_size * architecture.vocab_size) + GROUP_BYTES if count > 1 else 0
+    return Workspace(
+        fixed_bytes=split + tables + sessions + shared,
+        forward_bytes=2 * 2 * tokens * hidden + max(attention, mlp),
+        head_bytes=max_batch_size * (2 * hidden + architecture.vocab_size * (2 + 4 + 4)),
+    )
+
+
+def decode(
+    architecture: Architecture,
+    schemes: Schemes | None,
+    gpu: GPU,
+    *,
+    kv_policy: KvPolicy,
+    batch: int,
+    context_tokens: int = CONTEXT_TOKENS,
+    count: int = 1,
+) -> Decode:
+    """From bandwidth: a step reads the weights once and every session's cache, unless its products take longer, and every layer waits for
+    a chain of kernels."""
+    return _decode(architecture, held(architecture, schemes, count), schemes, gpu, kv_policy, batch, context_tokens)
+
+
+def _decode(
+    architecture: Architecture, here: Held, schemes: Schemes | None, gpu: GPU, kv_policy: KvPolicy, batch: int, context_tokens: int
+) -> Decode:
+    cache_bytes = batch * context_tokens * kv_bytes_per_token(architecture, kv_policy, here.count)
+    streamed_s = (here.read_bytes(architecture, batch) + cache_bytes) / (gpu.bandwidth_gb_s * 1e9 * BANDWIDTH_SHARE)
+    products_s = 2 * batch * here.computed / (gpu.fp16_tflops * 1e12 * PRODUCT_SHARE)
+    step_s = max(streamed_s, products_s) + architecture.layers * decode_layer_s(
+        gpu, few_bits=schemes is not None and schemes.default.bits < 8
+    )
+    return Decode(batch, context_tokens, batch / step_s)
 
 
 def serving(
@@ -171,182 +306,43 @@ def serving(
     count: int = 1,
 ) -> Serving:
     """Fills one of `count` GPUs as CreateEngine does: context, weights, then a pool of `max_entry_count` of what is free; the rest is
-    workspace's. Matrices are shared out evenly over the GPUs, norms and biases are copied to each."""
-    held = weights(architecture, schemes)
-    matrices_bytes = sum(each.gpu_bytes for each in held if len(each.shape) == 2)
-    weights_bytes = ceil(matrices_bytes / count) + sum(each.gpu_bytes for each in held if len(each.shape) != 2)
+    workspace's. `schemes` None is the source model in float16."""
+    asked = Asked(gpu, count, kv_policy, max_entry_count, session_len, max_batch_size)
+    return filled(architecture, schemes, held(architecture, schemes, count), asked)
+
+
+def filled(architecture: Architecture, schemes: Schemes | None, here: Held, asked: Asked) -> Serving:
+    """`serving` where the weights are known: `here` is of `asked.count` GPUs."""
+    gpu, session_blocks = asked.gpu, ceil(asked.session_len / KV_BLOCK_TOKENS)
     memory_bytes = int(gpu.memory_gib * GIB)
-    free_bytes = max(0, memory_bytes - CONTEXT_BYTES - weights_bytes)
-    pool_bytes = int(free_bytes * max_entry_count)
-    per_token = kv_bytes_per_token(architecture, kv_policy, count)
-    block_bytes = per_token * KV_BLOCK_TOKENS
-    blocks, session_blocks = pool_bytes // block_bytes, ceil(session_len / KV_BLOCK_TOKENS)
-    session_bytes = session_blocks * block_bytes
-    work_bytes = workspace_bytes(architecture, session_len, max_batch_size, count)
-    beside_bytes = memory_bytes - CONTEXT_BYTES - weights_bytes - pool_bytes - work_bytes
-    read_bytes = weights_bytes - (_embedding_bytes(architecture) + _idle_bytes(architecture, held)) // count
+    free_bytes = max(0, memory_bytes - CONTEXT_BYTES - here.total_bytes)
+    per_token = kv_bytes_per_token(architecture, asked.kv_policy, asked.count)
+    cache = pool(int(free_bytes * asked.max_entry_count), per_token * KV_BLOCK_TOKENS)
+    work_bytes = workspace(architecture, asked.session_len, asked.max_batch_size, asked.count).total_bytes
+    beside_bytes = memory_bytes - CONTEXT_BYTES - here.total_bytes - cache.total_bytes - work_bytes
+    context_tokens = min(CONTEXT_TOKENS, asked.session_len)
+    rates = [
+        _decode(architecture, here, schemes, gpu, asked.kv_policy, batch, context_tokens)
+        for batch in dict.fromkeys((1, asked.max_batch_size))
+    ]
     return Serving(
         gpu=gpu.name,
-        count=count,
+        count=asked.count,
         memory_bytes=memory_bytes,
         context_bytes=CONTEXT_BYTES,
-        weights_bytes=weights_bytes,
+        weights_bytes=here.total_bytes,
         workspace_bytes=work_bytes,
-        pool_bytes=pool_bytes,
+        pool_bytes=cache.total_bytes,
         kv_bytes_per_token=per_token,
-        session_bytes=session_bytes,
-        pool_tokens=blocks * KV_BLOCK_TOKENS,
-        sessions=min(max_batch_size, blocks // session_blocks),
-        decode_bound_tokens_per_s=gpu.bandwidth_gb_s * 1e9 * BANDWIDTH_SHARE / read_bytes,
-        spare_bytes=min(beside_bytes, pool_bytes - session_bytes),
-        hint=_hint(free_bytes, work_bytes, session_bytes, per_token, pool_bytes, max_entry_count, kv_policy, session_len),
+        session_bytes=session_blocks * cache.block_bytes,
+        pool_tokens=cache.tokens,
+        sessions=min(asked.max_batch_size, cache.blocks // session_blocks),
+        decode=tuple(rates),
+        spare_bytes=min(beside_bytes, (cache.blocks - session_blocks) * cache.block_bytes),
     )
 
 
 def needed_bytes(architecture: Architecture, schemes: Schemes | None, *, kv_policy: KvPolicy, session_len: int) -> int:
     """The least memory of one GPU that serves one session, where a recipe names no target."""
-    held_bytes = sum(each.gpu_bytes for each in weights(architecture, schemes))
     session_bytes = ceil(session_len / KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS * kv_bytes_per_token(architecture, kv_policy)
-    return CONTEXT_BYTES + held_bytes + workspace_bytes(architecture, session_len, 1) + session_bytes
-
-
-def building(
-    architecture: Architecture,
-    schemes: Schemes,
-    speed: Speed,
-    *,
-    samples: int,
-    seqlen: int,
-    verify_windows: int,
-    verify_seqlen: int,
-    verify_streams: int = 2,
-    device: Literal["cpu", "cuda"] = "cpu",
-    gptq: bool = True,
-    sampled: Sequence[tuple[int, int]] = (),
-) -> Building:
-    """One clean build with `samples` x `seqlen` tokens of calibration; a step's seconds are its floating point work or its bytes.
-
-    `verify_streams`: forwards of the verify text, held side by side: the source's, the artifact's, and one for each KV policy. `sampled`:
-    (windows, tokens) of each text that the model writes itself, token by token.
-    """
-    tokens, scored = samples * seqlen, verify_windows * verify_seqlen
-    held = weights(architecture, schemes)
-    packed_bytes = sum(each.disk_bytes for each in held)
-    forward = _forward_flops(architecture, seqlen) * tokens
-    kept = {*architecture.sites, *architecture.scale_sites}
-    stats_bytes = architecture.layers * sum(_gram_bytes(architecture.width(site)) for site in kept)
-    gram = 2 * 128 * sum(architecture.width(site) * _visits(architecture, site) for site in kept) * architecture.layers * tokens
-    head = 2 * architecture.vocab_size * architecture.hidden_size
-    serial = _awq_flops(architecture) + (_gptq_flops(architecture) if gptq else 0)
-    walk = forward * 2 + _hessian_flops(architecture, tokens) if gptq else 0
-    columns = architecture.layers * sum(map(architecture.width, architecture.sites)) if gptq else 0
-    written = sum(windows * length for windows, length in sampled)
-    layer_tokens = architecture.layers * sum(ceil(windows / SAMPLED_AT_ONCE) * length for windows, length in sampled)
-    scoring = verify_streams * (_forward_flops(architecture, verify_seqlen) + head) * scored
-    seconds = {
-        "tokens": layer_tokens * speed.token_s + (_forward_flops(architecture, seqlen) + head) * written / speed.flops,
-        "calibrate": (forward + gram) / speed.flops,
-        "quantize": walk / speed.flops + serial / speed.serial_flops + columns * speed.column_s,
-        "pack": 4 * packed_bytes / speed.bytes_per_s,
-        "score": scoring / speed.flops + 10 * verify_streams * 4 * architecture.vocab_size * scored / speed.bytes_per_s,
-    }
-    outside = (architecture.embed, architecture.final_norm, architecture.lm_head)
-    blocks_bytes = sum(each.disk_bytes for each in held if each.name not in outside)
-    disk_bytes = {"calibrate": stats_bytes, "quantize": blocks_bytes, "pack": packed_bytes, "score": 16 * scored * (verify_streams - 1)}
-    held_tokens = max(tokens, scored * max(verify_streams, 3) // 3)
-    work_bytes = max(_build_bytes(architecture, held_tokens, device), _sampling_bytes(architecture, sampled))
-    host_bytes = int(0.4 * GIB) + (work_bytes if device == "cpu" else _block_bytes(architecture, 4))
-    return Building(MappingProxyType(seconds), MappingProxyType(disk_bytes), host_bytes, work_bytes if device == "cuda" else 0)
-
-
-def _embedding_bytes(architecture: Architecture) -> int:
-    """The table of which a decode step reads one row."""
-    return 2 * architecture.vocab_size * architecture.hidden_size
-
-
-def _visits(architecture: Architecture, site: Site) -> float:
-    """What share of all tokens comes to a site: an expert is sent some, and here all are sent as many."""
-    experts = architecture.experts
-    return experts.per_token / experts.count if experts is not None and "." in site else 1
-
-
-def _idle_bytes(architecture: Architecture, held: Sequence[TensorBytes]) -> int:
-    """Weights of the experts that one token does not ask."""
-    experts = architecture.experts
-    if experts is None:
-        return 0
-    theirs = [f"{linear.name}.weight" for linear in architecture.linears if linear.expert is not None]
-    names = {architecture.prefix(layer) + name for layer in range(architecture.layers) for name in theirs}
-    return sum(each.gpu_bytes for each in held if each.name in names) * (experts.count - experts.per_token) // experts.count
-
-
-def _hint(
-    free_bytes: int, work_bytes: int, session_bytes: int, per_token: int, pool_bytes: int, share: float, policy: KvPolicy, session_len: int
-) -> str:
-    """The nearest change that makes it fit: the pool's share, then a shorter session or a smaller KV policy, then another GPU."""
-    too_small, no_room = pool_bytes < session_bytes, free_bytes - pool_bytes < work_bytes
-    if not too_small and not no_room:
-        return ""
-    if free_bytes >= work_bytes + session_bytes > 0:
-        least, most = ceil(100 * session_bytes / free_bytes) / 100, floor(100 * (free_bytes - work_bytes) / free_bytes) / 100
-        if least <= most:
-            return f"set kv_cache.max_entry_count between {least:.2f} and {most:.2f} (now {share:g})"
-    left_tokens = (free_bytes - work_bytes) // per_token // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS
-    smaller = {"none": " or kv_cache.policy: int8,", "int8": " or kv_cache.policy: int4,", "int4": ""}[policy]
-    if left_tokens > 0:
-        shorter = f"set target.session_len to at most {left_tokens} (now {session_len})"
-        return f"{shorter},{smaller} or target.count higher, or a larger target.gpu"
-    return "set target.count higher, a larger target.gpu, or fewer quantization.bits: weights and workspace leave nothing for the KV cache"
-
-
-def _linear_flops(linear: Linear) -> int:
-    return 2 * linear.in_features * linear.out_features
-
-
-def _forward_flops(architecture: Architecture, seqlen: int) -> int:
-    """Of one token in a window of `seqlen`: its matrix products, and scores and sums over half of the window on average."""
-    attention = 4 * architecture.heads * architecture.head_dim * seqlen // 2
-    products = sum(_linear_flops(linear) * _visits(architecture, linear.site) for linear in architecture.linears)
-    return int(architecture.layers * (products + attention))
-
-
-def _gram_bytes(width: int) -> int:
-    """A site's statistics in float32: absmean, absmax, and the Gram matrix's diagonal blocks of 128 x 128."""
-    return 4 * width * (1 + 1 + 128)
-
-
-def _awq_flops(architecture: Architecture) -> int:
-    """20 candidates for each layer's scales: error times Gram blocks times error, about as much again to quantize."""
-    return architecture.layers * 20 * 2 * sum(2 * 128 * each.in_features * each.out_features for each in architecture.linears)
-
-
-def _hessian_flops(architecture: Architecture, tokens: int) -> int:
-    seen = sum(2 * tokens * _visits(architecture, site) * architecture.width(site) ** 2 for site in architecture.sites)
-    return int(architecture.layers * seen)
-
-
-def _gptq_flops(architecture: Architecture) -> int:
-    """For each site three factorisations of its Hessian; for each layer the propagation of every column's error."""
-    factors = sum(2 * architecture.width(site) ** 3 for site in architecture.sites)
-    return architecture.layers * (factors + sum(each.out_features * each.in_features**2 for each in architecture.linears))
-
-
-def _block_bytes(architecture: Architecture, width_bytes: int) -> int:
-    return width_bytes * sum(prod(shape) for shape in architecture.block_tensors().values())
-
-
-def _sampling_bytes(architecture: Architecture, sampled: Sequence[tuple[int, int]]) -> int:
-    """The whole model in float32, since every token needs every block, and the KV cache of one micro-batch."""
-    if not sampled:
-        return 0
-    longest = max(length for _, length in sampled)
-    cache_bytes = architecture.layers * 2 * SAMPLED_AT_ONCE * architecture.kv_heads * longest * architecture.head_dim * 4
-    return 4 * sum(prod(shape) for shape in architecture.tensors().values()) + cache_bytes
-
-
-def _build_bytes(architecture: Architecture, tokens: int, device: Literal["cpu", "cuda"]) -> int:
-    """The largest moment, GPTQ of one block: three streams of hidden states (before and after attention, and what o_proj reads), the block
-    in float32 twice, and the widest site's Hessian with its factor and a copy."""
-    state_bytes = 3 * tokens * architecture.hidden_size * (4 if device == "cpu" else 2)
-    widest = max(architecture.width(site) for site in architecture.sites)
-    return state_bytes + 2 * _block_bytes(architecture, 4) + 3 * 4 * widest**2
+    return CONTEXT_BYTES + held(architecture, schemes).total_bytes + workspace(architecture, session_len, 1).total_bytes + session_bytes

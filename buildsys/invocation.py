@@ -23,7 +23,7 @@ VARIABLES = {
     "recipe": ("build", "forget", "plan", "publish", "report", "why"),
     "threads": ("build", "plan", "publish", "report"),
     "batch": ("build", "publish", "report"),
-    "device": ("build", "publish", "report"),
+    "device": ("build", "plan", "publish", "report"),
     "key": ("build", "publish", "verify"),
     "dry": ("publish",),
     "to": ("publish",),

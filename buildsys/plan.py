@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from buildsys import footprint, gpus
+from buildsys import effort, footprint, gpus, remedies
 from buildsys.architecture import Linear
 from buildsys.errors import BuildError, BuildErrors
 from buildsys.linears import Linears, linears
@@ -65,7 +65,7 @@ class Plan:
     measures: tuple[tuple[str, Step], ...]
     generated: Step | None  # both models' answers to the recipe's prompts; only a report runs it
     source: Located
-    building: footprint.Building
+    building: effort.Building
     serving: footprint.Serving | None  # None: the recipe names no target
     notes: tuple[str, ...]
     skipped: Mapping[str, str]  # checks that the recipe names and that cannot run here, each with why
@@ -75,9 +75,15 @@ class Plan:
         return self.recipe.name
 
 
-def plan(recipe: Recipe, store: Store, threads: int = 2, host: Host | str = "nobody looked for a GPU") -> Plan:
-    """The graph of `recipe`; `host`: what can run an engine here, or why nothing can. Raises BuildErrors with every misfit of the recipe
-    and its model."""
+def plan(
+    recipe: Recipe,
+    store: Store,
+    threads: int = 2,
+    host: Host | str = "nobody looked for a GPU",
+    device: Literal["auto", "cpu", "cuda"] = "cpu",
+) -> Plan:
+    """The graph of `recipe`; `threads` and `device` tell only how long it takes, `host` what can run an engine here, or why nothing can.
+    Raises BuildErrors with every misfit of the recipe and its model."""
     source = located(recipe, ("source",), recipe.source, store)
     surveyed = survey(source.files, source.sizes)
     layers, errors = linears(recipe, surveyed)
@@ -110,7 +116,7 @@ def plan(recipe: Recipe, store: Store, threads: int = 2, host: Host | str = "nob
         measures=measures,
         generated=graph.generate(fetched, packed, source.names),
         source=source,
-        building=_building(recipe, surveyed, layers.schemes, threads),
+        building=_building(recipe, surveyed, layers.schemes, threads, device),
         serving=_serving(recipe, surveyed, layers.schemes),
         notes=(*engine(recipe, surveyed)[1], *_ungated(recipe)),
         skipped={name: host for name in recipe.verify.checks if isinstance(host, str) and _needs_engine(name)},
@@ -196,13 +202,32 @@ def _target_misfits(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> list[
         fix = several if len(kinds) > 1 else "name another GPU or format"
         errors.append(BuildError(recipe.at("target", "gpu"), f"target.gpu: {reason}", fix))
     errors += _positions(recipe, surveyed)
+    reason = remedies.indivisible(surveyed.architecture, target.count)
+    if reason is not None:
+        errors.append(BuildError(recipe.at("target", "count"), f"target.count: {reason}", "set count to 1, 2, 4 or 8"))
+        return errors
     serving = _serving(recipe, surveyed, schemes)
     if serving is not None and not serving.fits:
-        gib = footprint.GIB
-        what = f"needs {serving.needed_bytes / gib:.1f} GiB to serve one session of {_session_len(recipe, surveyed)} tokens and its share "
-        what += f"of the KV pool, {serving.memory_bytes / gib:.1f} GiB are there: {-serving.spare_bytes / gib:.1f} GiB too few"
-        errors.append(BuildError(recipe.at("target"), f"target {target.gpu} x {target.count}: {what}", serving.hint))
+        errors.append(_too_small(recipe, surveyed, schemes, serving))
     return errors
+
+
+def _too_small(recipe: Recipe, surveyed: Survey, schemes: Schemes, serving: footprint.Serving) -> BuildError:
+    """With each part, and each single change that would make it fit."""
+    said, kinds, gib = on_target(recipe, surveyed), recipe.quantization.kinds, footprint.GIB
+    assert said is not None
+
+    def runs(gpu: gpus.GPU, policy: gpus.KvPolicy) -> bool:
+        heads = gpus.head_dims(gpu.sm, policy)
+        return gpus.refusal(gpu, recipe.format.name, kinds) is None and surveyed.architecture.head_dim in heads
+
+    parts = {"context": serving.context_bytes, "weights": serving.weights_bytes, "workspace": serving.workspace_bytes}
+    told = ", ".join(f"{name} {size / gib:.1f}" for name, size in parts.items())
+    told += f", one session of {said.session_len} tokens {serving.session_bytes / gib:.1f}"
+    what = f"needs {serving.needed_bytes / gib:.1f} GiB ({told}), with {said.max_entry_count:g} of what is free for the KV pool; "
+    what += f"{serving.memory_bytes / gib:.1f} GiB are there, {-serving.spare_bytes / gib:.1f} GiB too few"
+    fix = remedies.hint(surveyed.architecture, schemes, said, runs)
+    return BuildError(recipe.at("target"), f"target {said.gpu.name} x {said.count}: {what}", fix)
 
 
 def _positions(recipe: Recipe, surveyed: Survey) -> Iterator[BuildError]:
@@ -318,20 +343,12 @@ def _source_engine(recipe: Recipe, surveyed: Survey) -> dict[str, str]:
     return {"engine": "pytorch" if lacks or not surveyed.turbomind else "turbomind"}
 
 
-def _serving(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> footprint.Serving | None:
-    target, gpu = recipe.target, _gpu(recipe)
+def on_target(recipe: Recipe, surveyed: Survey) -> footprint.Asked | None:
+    """Of the target GPU; None where the recipe names none."""
+    target, gpu, kv = recipe.target, _gpu(recipe), recipe.kv_cache
     if target is None or gpu is None:
         return None
-    return footprint.serving(
-        surveyed.architecture,
-        schemes,
-        gpu,
-        kv_policy=recipe.kv_cache.policy,
-        max_entry_count=recipe.kv_cache.max_entry_count,
-        session_len=_session_len(recipe, surveyed),
-        max_batch_size=target.max_batch_size,
-        count=target.count,
-    )
+    return footprint.Asked(gpu, target.count, kv.policy, kv.max_entry_count, _session_len(recipe, surveyed), target.max_batch_size)
 
 
 def serving_with(recipe: Recipe, surveyed: Survey, schemes: Schemes, policy: gpus.KvPolicy) -> tuple[footprint.Serving | None, str]:
@@ -340,11 +357,27 @@ def serving_with(recipe: Recipe, surveyed: Survey, schemes: Schemes, policy: gpu
     return _serving(other, surveyed, schemes), engine(other, surveyed)[0]
 
 
-def _building(recipe: Recipe, surveyed: Survey, schemes: Schemes, threads: int) -> footprint.Building:
-    return footprint.building(
+def _serving(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> footprint.Serving | None:
+    said = on_target(recipe, surveyed)
+    if said is None:
+        return None
+    held = footprint.held(surveyed.architecture, schemes, said.count)
+    return footprint.filled(surveyed.architecture, schemes, held, said)
+
+
+def _builder(recipe: Recipe, device: str) -> gpus.GPU | None:
+    """The GPU that builds: this machine's; where `device=cuda` asks for one and there is none, the target's. None: the processors do."""
+    if device == "cpu":
+        return None
+    return gpus.here() or (_gpu(recipe) if device == "cuda" else None)
+
+
+def _building(recipe: Recipe, surveyed: Survey, schemes: Schemes, threads: int, device: str) -> effort.Building:
+    gpu = _builder(recipe, device)
+    return effort.building(
         surveyed.architecture,
         schemes,
-        footprint.cpu_speed(threads),
+        effort.cpu_speed(threads) if gpu is None else effort.cuda_speed(gpu),
         samples=recipe.calibration.samples,
         seqlen=recipe.calibration.seqlen,
         verify_windows=recipe.verify.samples,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +57,22 @@ def test_what_nvidia_smi_prints(printed: str, meant: str) -> None:
 
 def test_nothing_is_close_to_nonsense() -> None:
     assert gpus.close("") == () and gpus.close("zzzzzz") == () and gpus.close("NVIDIA") == ()
+
+
+def test_the_gpu_of_this_machine(tmp_path: Path) -> None:
+    """As the driver writes it; no CUDA is asked."""
+    assert gpus.here(tmp_path / "none") is None
+    for at, model in (("0000:1a:00.0", "NVIDIA H200"), ("0000:3b:00.0", "Tesla T4")):
+        (tmp_path / at).mkdir()
+        (tmp_path / at / "information").write_text(f"Model: \t\t {model}\nIRQ:   \t\t 64\nGPU UUID: \t GPU-0\n")
+    assert gpus.here(tmp_path) is gpus.GPUS["h200"]
+    (tmp_path / "0000:1a:00.0" / "information").write_text("Model: \t\t Riva 128\n")
+    assert gpus.here(tmp_path) is None
+
+
+def test_few_bits_wait_where_kernels_are_not_made_for_them() -> None:
+    assert gpus.decode_layer_s(gpus.GPUS["h200"], True) > 2 * gpus.decode_layer_s(gpus.GPUS["h200"], False)
+    assert gpus.decode_layer_s(gpus.GPUS["a100-80gb"], True) == gpus.decode_layer_s(gpus.GPUS["a100-80gb"], False)
 
 
 INT8, FP8 = Scheme(8, -1, True, "int", "int8"), Scheme(8, -1, True, "fp8", "fp8")
@@ -117,5 +134,5 @@ def test_what_the_pytorch_engine_lacks() -> None:
 
 
 def test_planning_loads_no_torch() -> None:
-    code = "import sys, buildsys.gpus, buildsys.footprint; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, buildsys.gpus, buildsys.effort, buildsys.remedies; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "buildsys"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "console", "measurement", "scheme", "gpus", "slots", "step"),
     ("architecture", "digests", "disk", "document", "deploy", "located", "longrope", "relayout"),
-    ("store", "overlay", "footprint"),
+    ("store", "overlay", "footprint", "effort", "remedies"),
     ("io", "complaints"),
     ("hubs", "serving"),
     ("quant",),

@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import create_model
 
-from buildsys import footprint, workspace
+from buildsys import effort, workspace
 from buildsys.errors import BuildError
 from buildsys.measurement import Verdict
 from buildsys.publishers import directory
@@ -114,7 +114,7 @@ def plan(recipe: Any, store: Any, threads: int = 2) -> Any:
         artifact=artifact,
         measures=measures,
         generated=None,
-        building=footprint.Building({}, {}, 0, 0),
+        building=effort.Building({}, {}, 0, 0),
         serving=None,
         notes=("toys",),
     )

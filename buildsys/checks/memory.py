@@ -14,7 +14,7 @@ from pydantic import Field
 from buildsys.measurement import Limit, Measurement
 from buildsys.slots import Frozen
 
-VERSION = 1  # also bumped when footprint.py or gpus.py comes to other numbers
+VERSION = 2  # also bumped when footprint.py or gpus.py comes to other numbers
 READS = ("plan",)
 LIMITS = {"max_gib": Limit("needed_gib", "max")}
 FIXED: dict[str, tuple[Limit, float]] = {"free_gib": (Limit("free_gib", "min"), 0.0)}
@@ -31,7 +31,7 @@ class Knobs(Frozen):
 
 def measure(knobs: Knobs, inputs: Mapping[str, Any], context: Any) -> list[Measurement]:
     """Reads `context.facts`: `kv_cache` {policy, max_entry_count}, `target` {gpu, count, session_len, max_batch_size} or None."""
-    from buildsys import footprint, gpus
+    from buildsys import footprint, gpus, remedies
 
     architecture, kv_cache, target = context.architecture, context.facts["kv_cache"], context.facts.get("target") or {}
     gpu = gpus.lookup(target["gpu"]) if target.get("gpu") else None
@@ -40,17 +40,11 @@ def measure(knobs: Knobs, inputs: Mapping[str, Any], context: Any) -> list[Measu
     if gpu is None:
         needed = footprint.needed_bytes(architecture, context.schemes, kv_policy=policy, session_len=session_len)
         return [Measurement.exact("needed_gib", needed / footprint.GIB, "GiB", f"one session of {session_len} tokens; no target GPU named")]
-    found = footprint.serving(
-        architecture,
-        context.schemes,
-        gpu,
-        kv_policy=policy,
-        max_entry_count=kv_cache["max_entry_count"],
-        session_len=session_len,
-        max_batch_size=target["max_batch_size"],
-        count=target["count"],
-    )
-    fits = f"{found.sessions} sessions of {session_len} tokens, {found.pool_tokens} tokens in the KV pool" if found.fits else found.hint
+    asked = footprint.Asked(gpu, target["count"], policy, kv_cache["max_entry_count"], session_len, target["max_batch_size"])
+    held = footprint.held(architecture, context.schemes, asked.count)
+    found = footprint.filled(architecture, context.schemes, held, asked)
+    holds = f"{found.sessions} sessions of {session_len} tokens, {found.pool_tokens} tokens in the KV pool"
+    fits = holds if found.fits else remedies.hint(architecture, context.schemes, asked)
     where = gpu.name if found.count == 1 else f"each of {found.count} {gpu.name}"
     return [
         Measurement.exact("needed_gib", found.needed_bytes / footprint.GIB, "GiB", f"on {where}"),

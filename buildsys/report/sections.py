@@ -167,16 +167,8 @@ def _shared_out(facts: Facts, tensors: Sequence[footprint.TensorBytes], output: 
     parts = dict.fromkeys(PARTS, 0.0)
     computed = sum(each.disk_bytes for each in tensors) or 1
     for each in tensors:
-        parts[_part(facts, each.name)] += each.disk_bytes * weights / computed
+        parts[footprint.part(facts.plan.survey.architecture, each.name)] += each.disk_bytes * weights / computed
     return parts | {"other files": float(output.size - weights)}
-
-
-def _part(facts: Facts, tensor: str) -> str:
-    architecture = facts.plan.survey.architecture
-    if tensor in (architecture.embed, architecture.lm_head):
-        return "embeddings" if tensor == architecture.embed else "output head"
-    role = next((each.role for each in architecture.linears if tensor.endswith(f".{each.name}.weight")), None)
-    return "norms and biases" if role is None else "MLP" if role in ("gate", "up", "gate_up", "down") else "attention"
 
 
 def parts_of(shares: Mapping[str, float]) -> list[Part]:
