@@ -269,7 +269,15 @@ def answer(folder: Path, case: str) -> None:
 
 
 def reference(folder: Path, case: str) -> tuple[list[list[int]], Logits]:
-    """Greedy tokens of the artifact's dequantized weights in float32, read as the build's own `score` step reads them; and their logits."""
+    """Greedy tokens of the artifact's dequantized weights in float32, and their logits."""
+    whole = packed(folder, case)
+    with torch.inference_mode():
+        texts = greedy(whole.model, decided.prompts(), decided.NEW, frozenset(), Resources(), lambda *_: None)
+    return texts, whole.logits
+
+
+def packed(folder: Path, case: str) -> decided.Whole:
+    """The artifact's dequantized weights in float32, read as the build's own `score` step reads them."""
     os.chdir(folder)
     store = Store(Path("artifacts"))
     planned = plan(Workspace(Path()).load(case), store)
@@ -278,10 +286,7 @@ def reference(folder: Path, case: str) -> tuple[list[list[int]], Logits]:
     outputs = {need.role: found[need.step.planned_key].output for need in step.needs}
     inputs = {role: {name: store.path(one, name) for name in one.files} for role, one in outputs.items() if one is not None}
     request = Request(step.kind, step.knobs, step.hints, inputs, Path(), Resources(), store.sha256)
-    model = steps.packed_model(request, None)
-    with torch.inference_mode():
-        texts = greedy(model, decided.prompts(), decided.NEW, frozenset(), Resources(), lambda *_: None)
-    return texts, decided.Whole.of(model).logits
+    return decided.Whole.of(steps.packed_model(request, None))
 
 
 def serve(artifact: str, engine: str, settings: dict[str, Any]) -> Any:
