@@ -118,7 +118,7 @@ def plan(
         source=source,
         building=_building(recipe, surveyed, layers.schemes, threads, device),
         serving=_serving(recipe, surveyed, layers.schemes),
-        notes=(*engine(recipe, surveyed)[1], *_ungated(recipe)),
+        notes=(*engine(recipe, surveyed)[1], *_ungated(recipe), *_unmeasured(recipe, surveyed)),
         skipped={name: host for name in recipe.verify.checks if isinstance(host, str) and _needs_engine(name)},
     )
 
@@ -309,6 +309,13 @@ def scored_policies(recipe: Recipe) -> tuple[gpus.KvPolicy, ...]:
     own, named = recipe.kv_cache.policy, recipe.verify.checks.get("kv")
     asked = {own, *getattr(named, "policies", ())} - {"none"}
     return tuple(policy for policy in footprint.KV_BITS if policy in asked)
+
+
+def _unmeasured(recipe: Recipe, surveyed: Survey) -> Iterator[str]:
+    """What is served beyond what verify can see."""
+    own = surveyed.architecture.max_positions
+    if recipe.target is not None and recipe.target.rope_scaling is not None:
+        yield f"prompts of more than {own} tokens are stretched; what verify measures holds for shorter ones"
 
 
 def _gpu(recipe: Recipe) -> gpus.GPU | None:

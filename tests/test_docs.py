@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import models
 import pytest
@@ -17,7 +17,8 @@ from pydantic_core import PydanticUndefined
 
 from buildsys import gpus, plan
 from buildsys.errors import BuildErrors
-from buildsys.recipe import Mixed, Quantization
+from buildsys.recipe import KvCache, Mixed, Quantization, Target
+from buildsys.serving.settings import ToolCallParser, settings
 from buildsys.slots import modules
 from buildsys.store import Store
 from buildsys.workspace import Workspace
@@ -122,3 +123,28 @@ def test_the_readmes_recipe_loads(tmp_path: Path) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+# docs/serving.md
+
+
+def test_what_a_target_says_stands_there_with_what_it_becomes(workspace: Path) -> None:
+    served = (ROOT / "docs" / "serving.md").read_text()
+    (example,) = BLOCK.findall(served)
+    models.tiny_llama(workspace / "recipes" / "short", **SIZES)
+    made = planned(workspace, f"{example}\nsource: {{local: {{path: short}}}}")
+    knobs, a = made.artifact.knobs, made.survey.architecture
+    assert knobs["engine"] == "turbomind" and a.max_positions == 2048
+    decided = settings("turbomind", "awq", knobs["kv_cache"], knobs["target"], a.max_positions, a.rope)
+    shown = {name: rest.split(" | ") for name, rest in ROW.findall(served) if "." in name}
+    fields = {
+        f"{section}.{name}": field
+        for section, model in (("kv_cache", KvCache), ("target", Target))
+        for name, field in model.model_fields.items()
+    }
+    assert set(shown) == set(fields)
+    for name, field in fields.items():
+        absent = field.is_required() or field.default is None
+        assert shown[name][0].strip("`") == ("none" if absent else written(field.default)), name
+    assert {row[1].strip("`") for row in shown.values()} - {"–"} == set(decided.engine) - {"dtype", "model_format"}
+    assert set(get_args(ToolCallParser)) <= set(re.findall(r"`([^`]+)`", served.partition("## Tool calls")[2]))

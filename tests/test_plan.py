@@ -448,6 +448,7 @@ def test_a_long_session_is_planned_where_positions_can_be_stretched(workspace: P
     assert errors == [("recipes/tiny.yaml:10", said, "set session_len: 256, or rope_scaling: dynamic beside it")]
     made = planned(workspace, WIDE, targeted("session_len: 1024, rope_scaling: dynamic"))
     assert made.artifact.knobs["engine"] == "turbomind" and made.artifact.knobs["target"]["rope_scaling"] == "dynamic"
+    assert made.notes == ("prompts of more than 256 tokens are stretched; what verify measures holds for shorter ones",)
     with_model(workspace, num_attention_heads=2, num_key_value_heads=1, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
     assert planned(workspace, WIDE, targeted("session_len: 1024, rope_scaling: dynamic")).artifact.knobs["engine"] == "turbomind"
 
