@@ -140,7 +140,10 @@ class Session:
                 artifact = found[step.planned_key].artifact
                 if artifact is not None:
                     self._artifacts[step.planned_key] = artifact
-                elif step.heavy:
+                    continue
+                if "backend" in step.knobs:  # another tool: that it is not here is told now, and not when all before it is built
+                    modules("backends")[step.knobs["backend"]["name"]].ready(step.hints["where"])
+                if step.heavy:
                     self._workers.warm()
 
     def key(self, step: Step) -> str:

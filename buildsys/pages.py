@@ -51,7 +51,7 @@ def _page(session: Session, facts: Facts, alone: bool) -> str:
 
 
 def _view(session: Session, facts: Facts, index: str) -> View:
-    from buildsys.report.view import NO_PROMPTS, Generation, View, generations, outliers
+    from buildsys.report.view import NO_OUTLIERS, NO_PROMPTS, NO_STATISTICS, Generation, View, generations, outliers
 
     answered: tuple[Generation, ...] = ()
     why = NO_PROMPTS
@@ -61,11 +61,12 @@ def _view(session: Session, facts: Facts, index: str) -> View:
             answered = generations(session.store.path(answers, GENERATIONS))
     except BuildError as error:  # a page without answers is better than none
         why = f"The models could not be asked: {error.what}; {error.fix}."
-    calibrated = facts.of_kind("calibrate")[0].output
+    statistics = {name: session.store.path(ran.output, name) for ran in facts.of_kind("calibrate") for name in ran.output.files}
     return View(
         generations=answered,
         no_generations=why,
-        outliers=outliers({name: session.store.path(calibrated, name) for name in calibrated.files}),
+        outliers=outliers(statistics),
+        no_outliers=NO_OUTLIERS if statistics else NO_STATISTICS,
         signature=_signature(session, facts),
         catalogue=index,
     )

@@ -87,7 +87,7 @@ def plan(
     source = located(recipe, ("source",), recipe.source, store)
     surveyed = survey(source.files, source.sizes)
     layers, errors = linears(recipe, surveyed)
-    errors += misfits(recipe, surveyed, layers.schemes)
+    errors += [*misfits(recipe, surveyed, layers.schemes), *_backend_misfits(recipe, surveyed, layers.schemes)]
     if errors:
         raise BuildErrors(errors)
     graph = Graph(recipe, surveyed, layers, store, source)
@@ -98,7 +98,7 @@ def plan(
     calibrated = graph.calibrate(fetched, calibration, disjoint)
     if recipe.quantization.mixed is not None:
         graph = replace(graph, allocated=graph.allocate(fetched, calibrated, calibration))
-    quantized = graph.quantize(fetched, calibrated, calibration)
+    quantized = graph.quantize(fetched, calibrated, calibration, disjoint)
     packed = graph.pack(fetched, quantized)
     artifact = graph.assemble(fetched, packed, source.names)
     host = _serves(recipe, surveyed, host)
@@ -188,6 +188,12 @@ def _unfit(recipe: Recipe, name: str, linear: Linear, scheme: Scheme) -> Iterato
         yield BuildError(recipe.at("quantization", "group_size"), what, fix)
     elif reason is not None:
         yield BuildError(recipe.at("format"), f"format {recipe.format.name} cannot hold {name}: {reason}", f"skip {short}")
+
+
+def _backend_misfits(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> Iterator[BuildError]:
+    """Why another tool cannot quantize this model."""
+    for key, what, fix in recipe.quantization.backend.module.unfit(surveyed.config, surveyed.architecture, schemes.left_float):
+        yield BuildError(recipe.at("quantization", key), what, fix)
 
 
 def _target_misfits(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> list[BuildError]:
@@ -511,8 +517,8 @@ class Graph:
         needs = Need("source", source, WEIGHTS), Need("stats", stats), Need("tokens", tokens)
         return self._step("allocate", title, knobs, *needs, computes=True, hints={"where": self.recipe.at("quantization", "mixed")})
 
-    def quantize(self, source: Step, stats: Step, tokens: Step) -> Step:
-        asked, own = self.recipe.quantization, self.layers.methods
+    def quantize(self, source: Step, stats: Step, tokens: Step, disjoint: Step) -> Step:
+        asked, own, backend = self.recipe.quantization, self.layers.methods, self.recipe.quantization.backend
         methods = {name: _method(chosen) for name, chosen in sorted(own.items())}
         knobs = {
             "model": self.surveyed.computed,
@@ -520,11 +526,16 @@ class Graph:
             **self.layers.schemes.to_json(),
             "methods": self._methods(),
         } | ({"own_methods": methods} if methods else {})
-        needs = [Need("source", source, WEIGHTS), Need("stats", stats), *self._bits]
-        if any(chosen.module.SEES_TOKENS for chosen in (asked.method[-1], *own.values())):
+        if backend.module.TOOL:  # its methods are the tool's, whatever version ours have
+            knobs |= {"methods": [chosen.name for chosen in asked.method], "backend": _method(backend)}
+        reads = backend.module.READS
+        needs = [Need("source", source, WEIGHTS), *([Need("stats", stats)] if "stats" in reads else ()), *self._bits]
+        if "stats" not in reads or any(chosen.module.SEES_TOKENS for chosen in (asked.method[-1], *own.values())):
             needs.append(Need("tokens", tokens))
-        title = f"{asked.told}, {' + '.join(m.name for m in asked.method)}"
-        return self._step("quantize", title, knobs, *needs, resumes=True, computes=True)
+        title = f"{asked.told}, {' + '.join(m.name for m in asked.method)}{f' by {backend.module.TOOL}' if backend.module.TOOL else ''}"
+        hints = {"where": self.recipe.at("quantization", "backend")} if backend.module.TOOL else {}
+        after = () if "stats" in reads else (disjoint,)
+        return self._step("quantize", title, knobs, *needs, after=after, hints=hints, resumes=backend.module.RESUMES, computes=True)
 
     def pack(self, source: Step, blocks: Step) -> Step:
         knobs = {"model": self.surveyed.computed, "quant": QUANT, **self._packing}

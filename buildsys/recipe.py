@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 from pydantic import BaseModel, Field, PrivateAttr, StrictBool, StrictFloat, StrictInt, ValidationError, create_model
 
 from buildsys import gpus
+from buildsys.backends import Asked
 from buildsys.complaints import dotted, explain
 from buildsys.document import Document, Where
 from buildsys.errors import BuildError, BuildErrors
@@ -26,11 +27,14 @@ if TYPE_CHECKING:
     Source: TypeAlias = Choice
     Dataset: TypeAlias = Choice
     Method: TypeAlias = Choice
+    Backend: TypeAlias = Choice
     Format: TypeAlias = Choice
 else:
-    Source, Dataset, Method, Format = (choice(slot) for slot in ("sources", "datasets", "methods", "formats"))
+    Source, Dataset, Method, Backend, Format = (choice(slot) for slot in ("sources", "datasets", "methods", "backends", "formats"))
 
-CHOICES: frozenset[Where] = frozenset({("source",), ("calibration", "dataset"), ("verify", "text"), ("format",)})
+CHOICES: frozenset[Where] = frozenset(
+    {("source",), ("calibration", "dataset"), ("quantization", "backend"), ("verify", "text"), ("format",)}
+)
 """Where one choice stands: naming another one in a file that extends replaces it, knobs included."""
 
 PATH_KNOBS = ("path", "paths")
@@ -88,6 +92,10 @@ class Quantization(Frozen):
     number: Number = Field(default="int", description="what a code is: a whole number, or an 8-bit float (fp8: e4m3)")
     activations: Activations = Field(default="none", description="what linears round their inputs to at run time, token by token")
     method: tuple[Method, ...] = Field(min_length=1, description="rescaling methods, if any, then exactly one that rounds: [awq, gptq]")
+    backend: Backend = Field(
+        default_factory=lambda: Backend.model_validate("native"),
+        description="what makes the codes: buildsys itself, or a tool with a version",
+    )
     skip: tuple[str, ...] = Field(default=("lm_head",), description="globs over names of linears that stay float")
     overrides: Mapping[str, Override] = Field(
         default_factory=dict, description="globs over names of linears, each with what is other for them; a later one wins"
@@ -303,6 +311,7 @@ def refusals(recipe: Recipe) -> list[BuildError]:
     return [
         *_method_order(recipe),
         *_override_methods(recipe),
+        *_backend_misfits(recipe),
         *numbers,
         *rest,
         *_budget(recipe),
@@ -344,6 +353,15 @@ def _override_methods(recipe: Recipe) -> Iterator[BuildError]:
             what = f"quantization.overrides.{pattern}.method: {override.method.name} rescales; scales belong to all that read one input"
             fix = f"name one that rounds: {' or '.join(_rounding())}"
             yield BuildError(recipe.at("quantization", "overrides", pattern, "method"), what, fix)
+
+
+def _backend_misfits(recipe: Recipe) -> Iterator[BuildError]:
+    """What another tool cannot do of what the recipe says."""
+    q = recipe.quantization
+    methods = tuple((method.name, method.knobs.model_dump(exclude_defaults=True)) for method in q.method)
+    asked = Asked(methods, q.scheme, bool(q.overrides), q.mixed is not None, recipe.format.name)
+    for key, what, fix in q.backend.module.misfits(asked):
+        yield BuildError(recipe.at(key) if key == "format" else recipe.at("quantization", key), what, fix)
 
 
 def _numbers(recipe: Recipe) -> Iterator[BuildError]:

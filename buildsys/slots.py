@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, create_model, model_validator
 
-SLOTS = ("sources", "datasets", "methods", "formats", "archs", "checks", "publishers")
+SLOTS = ("sources", "datasets", "methods", "backends", "formats", "archs", "checks", "publishers")
 
 
 class Frozen(BaseModel):

@@ -133,6 +133,7 @@ class Request:
     stage: Path
     resources: Resources
     sha256: Callable[[Path], str]
+    log: Path | None = None  # what a child process prints goes there
 
     def read(self, role: str) -> Inputs:
         return Inputs(self.inputs[role])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from buildsys import deploy
 from buildsys.architecture import Architecture, fused
+from buildsys.backends import Work
 from buildsys.errors import BuildError
 from buildsys.measurement import Measurement, scores_file
 from buildsys.relayout import Relayout, relayout
@@ -118,21 +119,17 @@ def calibrate(request: Request, progress: Progress) -> None:
 
 
 def quantize(request: Request, progress: Progress) -> dict[str, Any]:
-    """Codes for every block, and each linear's relative output error beside them."""
-    from buildsys.io import checkpoint
+    """Codes for every block, by the backend that the recipe names."""
     from buildsys.quant import quantize as walk
-    from buildsys.quant.parallel import tensor_cores
 
-    *rescalers, rounder = (_method(said) for said in request.knobs["methods"])
-    own = {name: _method(said) for name, said in request.knobs.get("own_methods", {}).items()}
+    said = request.knobs.get("backend", {"name": "native", "knobs": {}})
+    backend = modules("backends")[said["name"]]
+    *rescalers, rounder = (_method(one if isinstance(one, Mapping) else {"name": one, "knobs": {}}) for one in request.knobs["methods"])
+    own = {name: _method(one) for name, one in request.knobs.get("own_methods", {}).items()}
     job = walk.Job(schemes(request), tuple(rescalers), rounder, own)
-    stats = request.read("stats")
-    seen = checkpoint.load(request.read("tokens").path(TOKENS))["tokens"] if job.sees_tokens else None
-    model = float_model(request.read("source"), request)
-    resumed = sum((request.stage / walk.block_name(layer)).exists() for layer in range(model.architecture.layers))
-    with tensor_cores(request.resources.device):
-        walk.quantize(model, job, lambda layer: stats.path(walk.block_name(layer)), seen, request.stage, request.resources, progress)
-    return ({"resumed_blocks": resumed} if resumed else {}) | walk.told(request.stage)
+    work = Work(request, float_model(request.read("source"), request), job, modules("formats"))
+    facts: dict[str, Any] = backend.quantize(backend.Knobs.model_construct(**said["knobs"]), work, progress)
+    return facts
 
 
 def allocate(request: Request, progress: Progress) -> dict[str, Any]:

@@ -102,11 +102,11 @@ def perform(job: Job, progress: Progress, waiting: Callable[[str], None], steps:
         stage = _stage(store, job, {"computes_on": _arithmetic(device), "watched": watched})
         began, at = time.monotonic(), _now()
         resources = Resources(threads=job.threads, batch=job.batch, device=device, gpus=_gpus(device))
-        request = Request(job.kind, job.knobs, job.hints, inputs, stage, resources, store.sha256)
-        if device == "cuda":
-            _reset_peak()
+        log = store.log(job.kind, job.key) if job.heavy else None
+        request = Request(job.kind, job.knobs, job.hints, inputs, stage, resources, store.sha256, log)
+        _reset_peaks(device)
         try:
-            facts = steps.run(request, progress)
+            facts: dict[str, Any] = dict(steps.run(request, progress))
         except OSError as error:
             known = disk.explained(error, stage)
             if known is None:
@@ -118,8 +118,8 @@ def perform(job: Job, progress: Progress, waiting: Callable[[str], None], steps:
             raise _changed(min(watched))
         seconds = round(time.monotonic() - began, 3)
         when = {"began": at, "ended": _now(), "seconds": seconds}
-        built = {**job.meta, "kind": job.kind, "title": job.title, **when, **_machine(device)}  # by now with all that the step imported
-        store.commit(job.key, stage, {**facts, "built": built})
+        machine = _with_tool(_machine(device), facts.pop("tool", {}))  # by now with all that the step imported
+        store.commit(job.key, stage, {**facts, "built": {**job.meta, "kind": job.kind, "title": job.title, **when, **machine}})
     return True
 
 
@@ -164,7 +164,7 @@ def _machine(device: str) -> dict[str, Any]:
     """Of what computes this output: versions, processor and GPU. Recorded, and not in the key: see the design page."""
     loaded = {name: str(getattr(sys.modules[name], "__version__", "?")) for name in COMPUTES if name in sys.modules}
     found: dict[str, Any] = {"device": device, "versions": {"python": platform.python_version(), **loaded}, "machine": _host()}
-    found |= _products(device)
+    found |= _products(device) | _peak_rss()
     if device == "cuda":
         import torch
 
@@ -173,8 +173,39 @@ def _machine(device: str) -> dict[str, Any]:
     return found
 
 
-def _reset_peak() -> None:
-    """What an earlier step in this process left reserved is given back, so that the peak is this step's."""
+def _with_tool(machine: dict[str, Any], tool: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step's child process told of itself, added: it ran beside this process, and had memory and versions of its own."""
+    ours: dict[str, str] = machine["versions"]
+    theirs = {name: version for name, version in tool.get("versions", {}).items() if ours.get(name) != version}
+    found = {**machine, "versions": {**ours, **{f"{name} of the tool" if name in ours else name: theirs[name] for name in theirs}}}
+    for key in ("peak_rss_bytes", "peak_gpu_bytes"):
+        if key in tool:
+            found[key] = machine.get(key, 0) + tool[key]
+    return found
+
+
+def _peak_rss() -> dict[str, int]:
+    """The most that this process held since `_reset_peaks`, where the system tells (Linux)."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return {}
+    said = [int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")]
+    return {"peak_rss_bytes": said[0]} if said else {}
+
+
+def _reset_peaks(device: str) -> None:
+    """The peaks of memory are this step's: not those of an earlier one in this process."""
+    if device == "cuda":
+        _reset_gpu_peak()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak of resident memory starts anew
+    except OSError:
+        pass  # no Linux, or a container that forbids it: the peak is then that of all steps so far
+
+
+def _reset_gpu_peak() -> None:
+    """What an earlier step in this process left reserved is given back."""
     import torch
 
     torch.cuda.empty_cache()

@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("io", "complaints"),
     ("hubs", "serving"),
     ("quant",),
+    ("lite",),
     SLOTS,
     ("recipe", "survey"),
     ("linears",),
@@ -162,6 +163,7 @@ PROMISED: dict[str, tuple[str, ...]] = {
     "sources": ("locate", "floats"),
     "datasets": ("READS", "PLACES", "floats"),
     "methods": ("KIND", "accepts"),
+    "backends": ("TOOL", "READS", "RESUMES", "misfits", "unfit", "ready", "quantize"),
     "formats": (
         *("QUANT_METHOD", "FLOATS", "accepts", "fits", "mixes", "keeps_float", "layout"),
         *("pack", "unpack", "config", "scheme_of", "schemes_of"),
@@ -190,6 +192,8 @@ def test_slot_modules_offer_what_the_slot_promises(slot: str, module: ModuleType
     if slot == "methods":
         assert module.KIND in ("rescale", "round")
         assert callable(module.rescale) if module.KIND == "rescale" else callable(module.round_weights) and type(module.SEES_TOKENS) is bool
+    if slot == "backends":
+        assert set(module.READS) <= {"stats", "tokens"} and type(module.RESUMES) is bool and type(module.TOOL) is str
     if slot == "checks":
         assert set(module.READS) <= {"packed", "blocks", "scores", "kv_scores", "served", "source", "plan"} and type(module.ALWAYS) is bool
         assert set(module.LIMITS) <= set(module.Knobs.model_fields)

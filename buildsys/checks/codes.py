@@ -85,7 +85,10 @@ def differing_codes(checkpoint: Checkpoint, name: str, linear: QuantizedLinear, 
     device = str(linear.codes.device)
     tensors = {part.removeprefix(f"{name}."): checkpoint.load(part, None, device, finite=False) for part in layout}
     found = format.unpack(tensors, linear.scheme)
-    scales = found.scale.view(torch.int16), linear.scale.view(torch.int16)  # bits: as numbers -0 equals 0, and NaN nothing
+    if found.scale.dtype != linear.scale.dtype:
+        return linear.codes.numel()
+    bits = torch.int16 if linear.scale.dtype == torch.float16 else torch.int32
+    scales = found.scale.view(bits), linear.scale.view(bits)  # as numbers -0 equals 0, and NaN nothing
     pairs = ((found.codes, linear.codes), scales, (found.zero, linear.zero))
     count = sum(int((ours != theirs).sum()) for ours, theirs in pairs)
     return count or sum(_differing_bytes(tensors[part], packed) for part, packed in format.pack(linear).items())

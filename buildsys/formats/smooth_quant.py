@@ -73,13 +73,14 @@ def pack(linear: QuantizedLinear) -> dict[str, Tensor]:
 
 
 def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
-    """The inverse of `pack`."""
+    """The inverse of `pack`. Our scales are float16 numbers; those of LMDeploy's own tool are not, and stay what they are."""
     import torch
 
     from buildsys.quant.linear import QuantizedLinear
     from buildsys.quant.pack import from_numbers
 
-    scale = tensors["scale"].half()
+    half = tensors["scale"].half()
+    scale = half if torch.equal(half.float(), tensors["scale"]) else tensors["scale"]
     return QuantizedLinear(from_numbers(tensors["weight"]), scale, torch.full_like(scale, scheme.middle, dtype=torch.uint8), scheme)
 
 

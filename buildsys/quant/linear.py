@@ -16,6 +16,8 @@ from buildsys.scheme import Scheme
 class QuantizedLinear:
     """codes: uint8 [out, in]; scale: float16 [out, groups]; zero: uint8 [out, groups]; weight ~ (codes - zero) * scale.
 
+    Scales that another tool chose for W8A8 may be float32, as the format smooth_quant stores them.
+
     Where the scheme's numbers are fp8 a code is the bits of one (e4m3, OCP 8-bit floating point), and every zero is 0."""
 
     codes: Tensor
@@ -26,7 +28,8 @@ class QuantizedLinear:
     def __post_init__(self) -> None:
         out_features, in_features = self.codes.shape
         groups = (out_features, self.scheme.groups(in_features))
-        assert self.codes.dtype == torch.uint8 and self.zero.dtype == torch.uint8 and self.scale.dtype == torch.float16
+        assert self.codes.dtype == torch.uint8 and self.zero.dtype == torch.uint8
+        assert self.scale.dtype == torch.float16 or (self.scale.dtype == torch.float32 and self.scheme.activations != "none")
         assert tuple(self.scale.shape) == tuple(self.zero.shape) == groups, (self.scale.shape, self.zero.shape, groups)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # -> [out, in]

@@ -133,6 +133,7 @@ def _model_index(facts: Facts) -> dict[str, Any]:
 def _opening(facts: Facts) -> Iterator[str]:
     recipe = facts.plan.recipe
     methods = ", then ".join(method.name.upper() for method in recipe.quantization.method)
+    methods += f", by {recipe.quantization.backend.module.TOOL}" if recipe.quantization.backend.module.TOOL else ""
     policy = recipe.kv_cache.policy
     yield f"# {plain(facts.name)}"
     yield ""

@@ -136,7 +136,7 @@ def _whence(fetched: Ran) -> dict[str, str]:
 
 def _step(ran: Ran) -> dict[str, Any]:
     built = ran.built
-    said = {key: built[key] for key in ("began", "ended", "seconds", "versions") if key in built}
+    said = {key: built[key] for key in ("began", "ended", "seconds", "peak_rss_bytes", "peak_gpu_bytes", "versions") if key in built}
     known = {**built.get("machine", {}), **{key: built[key] for key in ("device", "gpu") if key in built}}
     machine = {key: known[key] for key in _MACHINE if key in known}
     return {"kind": ran.step.kind, "title": ran.title, "key": ran.output.key, "output": ran.output.digest(), "machine": machine} | said

@@ -102,8 +102,10 @@ def source_name(recipe: Recipe) -> str:
 
 
 def scheme_name(recipe: Recipe) -> str:
-    """`4-bit g128 asymmetric, awq + gptq`."""
-    return f"{recipe.quantization.told}, {' + '.join(method.name for method in recipe.quantization.method)}"
+    """`4-bit g128 asymmetric, awq + gptq`, and another tool that did it."""
+    tool = recipe.quantization.backend.module.TOOL
+    methods = " + ".join(method.name for method in recipe.quantization.method)
+    return f"{recipe.quantization.told}, {methods}{f' by {tool}' if tool else ''}"
 
 
 def target_name(recipe: Recipe) -> str:

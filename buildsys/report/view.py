@@ -19,6 +19,7 @@ from buildsys.io import headers
 
 NO_PROMPTS = "The recipe names no prompts: report: {prompts: [What is a quine?]} would show both models' answers to them here."
 NO_OUTLIERS = "The statistics that calibration kept are no longer in the store."
+NO_STATISTICS = "The recipe's backend looks at activations in a process of its own, and keeps nothing of them."
 _BLOCK = re.compile(r"block-(\d+)\.safetensors")
 
 
