@@ -102,13 +102,18 @@ def report(session: Session, recipes: list[str], said: Said) -> Iterable[str]:
     return pages.report(session, recipes)
 
 
+def compare(session: Session, recipes: list[str], said: Said) -> Iterable[str]:
+    """what is built of several recipes, side by side"""
+    return pages.compare(session, recipes)
+
+
 def verify(session: Session, _: list[str], said: Said) -> Iterable[str]:
     """digests, signature, statement and weights of any model folder, or of a hub's repository"""
     return actions.verify(session, said)
 
 
 ALL: tuple[Command, ...] = (names, check, schema, gc, verify)
-EACH: tuple[Command, ...] = (plan, build, why, forget, clean, publish, report)
+EACH: tuple[Command, ...] = (plan, build, why, forget, clean, publish, report, compare)
 
 OPTIONS: dict[str, tuple[Command, ...]] = {
     "threads": (build, publish, report),

@@ -17,10 +17,11 @@ from buildsys.step import Step
 from buildsys.store import Store
 from buildsys.workspace import Workspace
 
-TASKS = ("build", "check", "gc", "plan", "publish", "report", "test", "verify", "why")
+TASKS = ("build", "check", "compare", "gc", "plan", "publish", "report", "test", "verify", "why")
 COMMANDS = frozenset({"run", "list", "info", "clean", "forget", "help", "ignore", "dumpdb", "strace", "tabcompletion", "resetdep"})
 VARIABLES = {
     "recipe": ("build", "forget", "plan", "publish", "report", "why"),
+    "recipes": ("compare",),
     "threads": ("build", "plan", "publish", "report"),
     "batch": ("build", "publish", "report"),
     "device": ("build", "plan", "publish", "report"),
@@ -96,14 +97,15 @@ class Run:
             self.line.check(name)
         self.session = Session(self.workspace, self.store, Settings.read(self.line.said), self.console)
 
-    def asked(self, task: str) -> list[str]:
-        """Recipes of `recipe=`, which has to be there."""
-        spec = self.line.said.get("recipe")
+    def asked(self, task: str, variable: str = "recipe") -> list[str]:
+        """Recipes of `recipe=`, or of `recipes=`, which has to be there."""
+        spec = self.line.said.get(variable)
         if spec is None:
             names = list(self.workspace.names())
             shown = ", ".join([*names[:12], *(["…"] if len(names) > 12 else [])])
             known = f"recipes: {shown}" if names else "there is no recipe under recipes/ yet"
-            raise BuildError(f"doit {task}", "which recipe?", f"write doit {task} recipe={names[0] if names else 'NAME'}  ({known})")
+            example = ",".join((names or ["NAME"])[: 2 if variable == "recipes" else 1])
+            raise BuildError(f"doit {task}", f"which {variable}?", f"write doit {task} {variable}={example}  ({known})")
         return self.workspace.find(spec)
 
     @cached_property

@@ -1,7 +1,10 @@
-"""`doit report`: gathers what a page shows and writes it beside the artifacts; a build whose gates fail too, since then it matters most."""
+"""`doit report`, `doit compare`: gather what a page shows, and write it beside the artifacts; a build whose gates fail too, since then it
+matters most."""
 
 from __future__ import annotations
 
+import itertools
+import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +12,7 @@ from urllib.parse import quote
 
 from buildsys import disk
 from buildsys.driver import Session
-from buildsys.errors import BuildError
+from buildsys.errors import BuildError, BuildErrors
 from buildsys.steps import GENERATIONS
 
 if TYPE_CHECKING:
@@ -42,6 +45,40 @@ def report(session: Session, names: list[str]) -> Iterator[str]:
             entries.append(catalogue.entry(facts, quote(path.name)))
         if len(names) > 1:
             yield f"{len(entries)} recipes: {_write(session.store.root / INDEX, catalogue.catalogue(entries))}"
+
+
+def compare(session: Session, names: list[str]) -> Iterator[str]:
+    """What is built, side by side: a table here and a page beside the artifacts. Builds nothing."""
+    if len(names) < 2:
+        fix = f"write doit compare recipes={','.join(names)},ANOTHER"
+        raise BuildError("recipes=", f"names {len(names)} recipe; two are compared, or more", fix)
+    from dataclasses import replace
+
+    from buildsys.report import compare as shown
+
+    session.plan(names)
+    with session.store.in_use():
+        sides, errors = [], []
+        for letter, name in zip(_letters(), names, strict=False):
+            try:
+                facts = session.facts(name)
+            except BuildError as error:
+                errors.append(error)
+                continue
+            scores = session.store.path(shown.scored(facts).output, shown.SCORES)
+            sides.append(shown.Side(letter, facts, scores, shown.link(session.store.root / f"{name}.html")))
+        if errors:
+            raise errors[0] if len(errors) == 1 else BuildErrors(errors)
+        first, *others = sides
+        sides = [first, *(replace(side, difference=shown.difference(first, side)) for side in others)]
+        yield from shown.lines(sides)
+        yield f"compared: {_write(session.store.root / shown.file_name(names), shown.page(sides))}"
+
+
+def _letters() -> Iterator[str]:
+    """A, B … Z, AA …"""
+    for length in itertools.count(1):
+        yield from map("".join, itertools.product(string.ascii_uppercase, repeat=length))
 
 
 def _page(session: Session, facts: Facts, alone: bool) -> str:

@@ -26,6 +26,7 @@ __all__ = [
     "DOIT_CONFIG",
     "task_build",
     "task_check",
+    "task_compare",
     "task_gc",
     "task_plan",
     "task_publish",
@@ -126,6 +127,11 @@ def _report_tasks() -> Iterator[Task]:
     yield _plain("report", (_act, [_report]), doc=_report_tasks.__doc__)
 
 
+def _compare_tasks() -> Iterator[Task]:
+    """recipes=NAME,NAME: what is built, side by side: quality, paired where it can be, size, time, memory"""
+    yield _plain("compare", (_act, [_compare]), doc=_compare_tasks.__doc__)
+
+
 def _verify_tasks() -> Iterator[Task]:
     """path=DIR or repo=ORG/NAME [key=PUBLIC.pem]: digests, signature, statement and weights of any model folder"""
     yield _plain("verify", (_act, [_verify]), doc=_verify_tasks.__doc__)
@@ -188,6 +194,10 @@ def task_report() -> Iterator[Task]:
     return _creator(_report_tasks)()
 
 
+def task_compare() -> Iterator[Task]:
+    return _creator(_compare_tasks)()
+
+
 def task_verify() -> Iterator[Task]:
     return _creator(_verify_tasks)()
 
@@ -248,6 +258,10 @@ def _look_or_go_back(run: Run) -> Iterator[str]:
 
 def _report(run: Run) -> Iterable[str]:
     return pages.report(run.session, run.asked("report"))
+
+
+def _compare(run: Run) -> Iterable[str]:
+    return pages.compare(run.session, run.asked("compare", "recipes"))
 
 
 def _verify(run: Run) -> Iterable[str]:

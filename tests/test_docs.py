@@ -19,7 +19,7 @@ from buildsys import gpus, plan
 from buildsys.errors import BuildErrors
 from buildsys.recipe import KvCache, Mixed, Quantization, Target
 from buildsys.serving.settings import ToolCallParser, settings
-from buildsys.slots import modules
+from buildsys.slots import Choice, modules
 from buildsys.store import Store
 from buildsys.workspace import Workspace
 
@@ -74,10 +74,10 @@ def test_an_example_may_fail(workspace: Path) -> None:
 def test_every_knob_stands_there_with_its_default() -> None:
     knobs: dict[str, Any] = {f"quantization.{name}": field for name, field in Quantization.model_fields.items()}
     knobs |= {f"mixed.{name}": field for name, field in Mixed.model_fields.items()}
-    for slot in ("methods", "formats"):
+    for slot in ("methods", "backends", "formats"):
         for name, module in modules(slot).items():
             own = {f"{name}.{field.alias or key}": field for key, field in module.Knobs.model_fields.items()}
-            knobs |= own if slot == "methods" else dict.fromkeys(own)
+            knobs |= own if slot != "formats" else dict.fromkeys(own)
     shown = {name: rest.partition(" | ")[0].strip("`") for name, rest in ROW.findall(TEXT)}
     for name, field in knobs.items():
         if field is not None:
@@ -90,7 +90,7 @@ def test_every_knob_stands_there_with_its_default() -> None:
 
 def written(value: Any) -> str:
     """A default as a recipe would say it."""
-    plain = list(value) if isinstance(value, tuple) else value
+    plain = list(value) if isinstance(value, tuple) else value.name if isinstance(value, Choice) else value
     return yaml.safe_dump(plain, default_flow_style=True).removesuffix("...\n").strip()
 
 

@@ -156,12 +156,12 @@ def codes_findings(linear: QuantizedLinear) -> Iterator[str]:
     from buildsys.quant.grid import FP8_MAX
 
     scale, scheme, fp8 = linear.scale.float(), linear.scheme, linear.scheme.number == "fp8"
-    largest = FP8_MAX if fp8 else scheme.top
+    largest, half = FP8_MAX if fp8 else scheme.top, linear.scale.element_size() == 2
     for what, bad in (
         ("scales that are NaN or Inf", ~scale.isfinite()),
         ("negative scales", scale < 0),
         ("scales of zero", scale == 0),
-        ("scales below the least normal float16, which kernels flush to zero", (scale > 0) & (scale < HALF_MIN_NORMAL)),
+        ("scales below the least normal float16, which kernels flush to zero", (scale > 0) & (scale < HALF_MIN_NORMAL) & half),
         ("scales under which weights leave float16", scale.isfinite() & (scale * largest > HALF_MAX)),
         (f"zeros above {scheme.top}", linear.zero > scheme.top),
         (f"zeros that are not {scheme.middle}, in a symmetric scheme", (linear.zero != scheme.middle) & scheme.symmetric),

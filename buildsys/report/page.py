@@ -150,7 +150,7 @@ def steps(facts: Facts) -> list[dict[str, Any]]:
             "title": ran.title,
             "took": in_seconds(seconds) if "seconds" in ran.built else "not recorded",
             "bar": plots.share(seconds, whole),
-            "peak": in_bytes(ran.built["peak_rss_bytes"]) if "peak_rss_bytes" in ran.built else "not recorded",
+            "peak": in_bytes(ran.built["peak_rss_bytes"]) if "peak_rss_bytes" in ran.built else "",
             "key": ran.output.key,
             "digest": ran.output.digest(),
             "size": ran.output.size,
