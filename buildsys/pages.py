@@ -3,9 +3,9 @@ matters most."""
 
 from __future__ import annotations
 
-import itertools
 import string
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -49,17 +49,15 @@ def report(session: Session, names: list[str]) -> Iterator[str]:
 
 def compare(session: Session, names: list[str]) -> Iterator[str]:
     """What is built, side by side: a table here and a page beside the artifacts. Builds nothing."""
-    if len(names) < 2:
-        fix = f"write doit compare recipes={','.join(names)},ANOTHER"
-        raise BuildError("recipes=", f"names {len(names)} recipe; two are compared, or more", fix)
-    from dataclasses import replace
-
     from buildsys.report import compare as shown
 
+    if not 2 <= len(names) <= shown.AT_MOST:
+        fix = "write doit compare recipes=ONE,OTHER; `doit report recipe='*'` shows any number in a catalogue"
+        raise BuildError("recipes=", f"names {len(names)}; from 2 to {shown.AT_MOST} are compared", fix)
     session.plan(names)
     with session.store.in_use():
         sides, errors = [], []
-        for letter, name in zip(_letters(), names, strict=False):
+        for letter, name in zip(string.ascii_uppercase, names, strict=False):
             try:
                 facts = session.facts(name)
             except BuildError as error:
@@ -73,12 +71,6 @@ def compare(session: Session, names: list[str]) -> Iterator[str]:
         sides = [first, *(replace(side, difference=shown.difference(first, side)) for side in others)]
         yield from shown.lines(sides)
         yield f"compared: {_write(session.store.root / shown.file_name(names), shown.page(sides))}"
-
-
-def _letters() -> Iterator[str]:
-    """A, B … Z, AA …"""
-    for length in itertools.count(1):
-        yield from map("".join, itertools.product(string.ascii_uppercase, repeat=length))
 
 
 def _page(session: Session, facts: Facts, alone: bool) -> str:

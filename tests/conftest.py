@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 
+import lmdeploys
 import pytest
 import runs
 from filelock import FileLock
@@ -50,3 +51,11 @@ def schemes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, runs.Ran]:
     """Every variant of the recipe `schemes` of runs.py, built two steps at a time, and what the build said."""
     build = ("-n", "2", "build", "recipe=schemes@*")
     return shared(tmp_path_factory, "schemes", lambda folder: runs.doit(runs.schemes(folder), *build))
+
+
+@pytest.fixture(scope="session")
+def backends(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, runs.Ran]:
+    """Every variant of the recipe `both`: one scheme, one text, by buildsys and by LMDeploy."""
+    lmdeploys.needed()
+    build = ("build", "recipe=both@*", "threads=1")
+    return shared(tmp_path_factory, "backends", lambda folder: runs.doit(runs.both(folder), *build))

@@ -155,6 +155,19 @@ def schemes(folder: Path) -> Path:
     return folder
 
 
+def both(folder: Path) -> Path:
+    """A workspace with the recipe `both` of lmdeploys.py, for the demo's model."""
+    import lmdeploys
+    import models
+
+    empty(folder)
+    shutil.copytree(ROOT / "recipes" / "demo" / "model", folder / "recipes" / "model")
+    (folder / "recipes" / "calibration.txt").write_text(models.prose(3000, seed=1))
+    (folder / "recipes" / "verify.txt").write_text(models.prose(3000, seed=2))
+    (folder / "recipes" / "both.yaml").write_text(lmdeploys.TEXT)
+    return folder
+
+
 def copy(workspace: Path, folder: Path, built: bool = True) -> Path:
     """The same workspace elsewhere, with what was built in it or without."""
     ignore = None if built else shutil.ignore_patterns("artifacts")

@@ -6,6 +6,7 @@ hard is hard for both, and cancels (quant/bootstrap.py). Everything is told of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -33,9 +34,11 @@ MAKING = ("calibrate", "allocate", "quantize", "pack", "assemble")
 CSS = {"calibrate": "c0", "allocate": "c4", "quantize": "c1", "pack": "c2", "assemble": "c5"}
 QUALITIES = (
     ("perplexity", "quantized_perplexity", "perplexity"),
-    ("perplexity", "ratio", "of the source's"),
-    ("agreement", "share", "same next token"),
+    ("perplexity", "ratio", "ratio"),
+    ("agreement", "share", "agreement"),
 )
+AT_MOST = 8
+"""Recipes that have room side by side."""
 WORDS = {"better": "better", "worse": "worse", "noise": "within noise", "": "not to be paired"}
 
 
@@ -183,7 +186,7 @@ def _text(facts: Facts) -> str:
 
 def _strips(sides: Sequence[Side]) -> Iterator[tuple[Side, sections.Row, Markup]]:
     """KL of each, all on one axis."""
-    shown = [(side, row) for side in sides if (row := side.kl) is not None and not row.exact]
+    shown = [(side, row) for side in sides if (row := side.kl) is not None and all(map(math.isfinite, (row.one.low, row.one.high)))]
     scale = fit([end for _, row in shown for end in (row.one.low, row.one.high)], zero=True, room=0.15)
     for side, row in shown:
         yield side, row, plots.interval(f"{side.letter}: {side.name}", "nats", scale, row.one.low, row.one.value, row.one.high, None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import string
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ import runs
 from buildsys import verdict
 from buildsys.architecture import SITES
 from buildsys.measurement import Measurement, Verdict
+from buildsys.quant.bootstrap import Interval
 from buildsys.release.facts import Facts, gather
+from buildsys.report import compare
 from buildsys.report.catalogue import Entry, catalogue, entry, unbuilt
 from buildsys.report.page import page
 from buildsys.report.view import Generation, Outliers, View, outliers
@@ -120,6 +124,15 @@ def entries(count: int) -> list[Entry]:
     return found
 
 
+def sides(*builds: Facts) -> Iterator[compare.Side]:
+    """Builds to hold against the first of them."""
+    drawn = random.Random(1)
+    for at, facts in enumerate(builds):
+        low, high = sorted((drawn.uniform(-0.01, 0.005), drawn.uniform(-0.005, 0.01)))
+        paired = compare.Difference(Interval((low + high) / 2, low, high)) if at % 3 != 1 else compare.Difference(None, f"not {HOSTILE}")
+        yield compare.Side(string.ascii_uppercase[at], facts, Path(), f"{at}.html", paired if at else None)
+
+
 @pytest.fixture(scope="session")
 def pages(
     shown: tuple[Facts, View], plain: tuple[Facts, View], cached: tuple[Facts, View], large: tuple[Facts, View], bare: tuple[Facts, View]
@@ -130,7 +143,11 @@ def pages(
         Entry(HOSTILE, HOSTILE, LONG, LONG, "failed", 7, Measurement("kl", nan, "nats", nan, nan)),
         Entry(LONG, LONG, HOSTILE, HOSTILE, "passed", 9 * 10**9),
     ]
+    compared = compare.page(list(sides(shown[0], plain[0])))
+    hostile = compare.page(list(sides(bare[0], large[0], *[plain[0]] * 6)))
     return {
+        "compare": compared,
+        "compare odd": hostile,
         "demo": page(*shown),
         "plain": page(*plain),
         "cached": page(*cached),

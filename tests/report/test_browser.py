@@ -12,9 +12,10 @@ import pytest
 
 WANTED = "chromium" in os.environ.get("BUILDSYS_TEST_REQUIRE", "")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-NAMES = ("demo", "plain", "cached", "large", "bare", "catalogue 0", "catalogue 1", "catalogue 3", "catalogue 200")
+KINDS = ("demo", "plain", "cached", "large", "bare", "compare", "compare odd")
+NAMES = (*KINDS, "catalogue 0", "catalogue 1", "catalogue 3", "catalogue 200")
 VIEWS = ((1280, "light"), (390, "dark"), (600, "light"), (390, "light"), (1280, "dark"), (768, "light"), (320, "light"))
-THOROUGH = ("demo", "catalogue 3")  # in all of VIEWS; other pages in the first three
+THOROUGH = ("demo", "compare", "catalogue 3")  # in all of VIEWS; other pages in the first three
 
 STICKS_OUT = """() => {
   const inBox = (e) => { for (; e; e = e.parentElement) { const s = getComputedStyle(e);
