@@ -71,6 +71,18 @@ def test_step_runs_in_a_child_and_is_committed(workers: Workers, tmp_path: Path)
     assert not run(workers, asked), "the store has it"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process starts anew on Linux alone")
+def test_peak_memory_is_the_steps_own(workers: Workers, tmp_path: Path) -> None:
+    """Both steps run in one child, the large one first."""
+    found = []
+    for asked in (job(tmp_path, "large", fault="grow"), job(tmp_path, "small")):
+        run(workers, asked)
+        made = Store(tmp_path / "artifacts").find(asked.key)
+        assert made is not None
+        found.append(made.meta["built"]["peak_rss_bytes"])
+    assert found[0] > found[1] + (200 << 20) and found[1] > 1 << 20
+
+
 def test_child_is_kept_for_the_next_step(workers: Workers, tmp_path: Path) -> None:
     workers.warm()
     workers.warm()

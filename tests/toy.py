@@ -76,6 +76,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "bug": _bug,
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "crash": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    "grow": lambda: bytearray(os.urandom(1 << 20) * 256).clear(),
     "memory": lambda: (_ for _ in ()).throw(MemoryError("no more")),
 }
 
