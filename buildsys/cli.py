@@ -112,8 +112,36 @@ def verify(session: Session, _: list[str], said: Said) -> Iterable[str]:
     return actions.verify(session, said)
 
 
+def serve(session: Session, recipes: list[str], said: Said) -> Iterable[str]:
+    """run the recipe's engine with its own settings, until Ctrl-C"""
+    from buildsys import live
+
+    return live.serve(session, recipes, said)
+
+
+def chat(session: Session, recipes: list[str], said: Said) -> Iterable[str]:
+    """talk with the model in the terminal"""
+    from buildsys import live
+
+    return live.chat(session, recipes, said)
+
+
+def bench(session: Session, recipes: list[str], said: Said) -> Iterable[str]:
+    """tokens a second, time to the first token, GPU memory"""
+    from buildsys import live
+
+    return live.bench(session, recipes, said)
+
+
+def web(session: Session, recipes: list[str], said: Said) -> Iterable[str]:
+    """talk with the model in the browser"""
+    from buildsys import live
+
+    return live.web(session, recipes, said)
+
+
 ALL: tuple[Command, ...] = (names, check, schema, gc, verify)
-EACH: tuple[Command, ...] = (plan, build, why, forget, clean, publish, report, compare)
+EACH: tuple[Command, ...] = (plan, build, why, forget, clean, publish, report, compare, serve, chat, bench, web)
 
 OPTIONS: dict[str, tuple[Command, ...]] = {
     "threads": (build, publish, report),
@@ -125,6 +153,8 @@ OPTIONS: dict[str, tuple[Command, ...]] = {
     "path": (verify,),
     "repo": (verify,),
     "revision": (verify,),
+    "port": (serve, web),
+    "url": (chat, bench, web),
 }
 HELP = {
     "threads": "threads of a step (all processors)",
@@ -136,6 +166,8 @@ HELP = {
     "path": "a model's folder",
     "repo": "a repository of the Hugging Face hub, ORG/NAME",
     "revision": "of the repository: a branch, a tag or a commit (main)",
+    "port": "where to listen, on this machine alone",
+    "url": "a server that runs; else one is started",
 }
 
 
@@ -143,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     said = _parser().parse_args(arguments)
     console = Console()
+    session = None
     try:
         how = {name: str(value) for name, value in vars(said).items() if name in OPTIONS and value not in (None, False)}
         for name in (name for name, value in how.items() if not value.strip()):
@@ -164,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.error(str(known))
         return 1
     except KeyboardInterrupt:
-        console.error("interrupted: what is finished is kept, and the same command goes on from there")
+        console.error(session.goodbye if session is not None else "interrupted")
         return 130
     return 0
 

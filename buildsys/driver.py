@@ -92,6 +92,7 @@ class Session:
         self.plans: dict[str, Plan] = {}
         self.outcomes: dict[str, Outcome] = {}  # by planned key
         self.verdicts: dict[str, tuple[Verdict, ...]] = {}  # by recipe
+        self.goodbye = "interrupted: what is finished is kept, and the same command goes on from there"  # what Ctrl-C is answered with
         self.releases: dict[str, Release] = {}  # by recipe
         self._unpublished: set[str] = set()  # recipes whose publishing began and has not ended
         self._artifacts: dict[str, Artifact] = {}  # by planned key

@@ -17,10 +17,10 @@ from buildsys.step import Step
 from buildsys.store import Store
 from buildsys.workspace import Workspace
 
-TASKS = ("build", "check", "compare", "gc", "plan", "publish", "report", "test", "verify", "why")
+TASKS = ("bench", "build", "chat", "check", "compare", "gc", "plan", "publish", "report", "serve", "test", "verify", "web", "why")
 COMMANDS = frozenset({"run", "list", "info", "clean", "forget", "help", "ignore", "dumpdb", "strace", "tabcompletion", "resetdep"})
 VARIABLES = {
-    "recipe": ("build", "forget", "plan", "publish", "report", "why"),
+    "recipe": ("bench", "build", "chat", "forget", "plan", "publish", "report", "serve", "web", "why"),
     "recipes": ("compare",),
     "threads": ("build", "plan", "publish", "report"),
     "batch": ("build", "publish", "report"),
@@ -31,6 +31,8 @@ VARIABLES = {
     "path": ("verify",),
     "repo": ("verify",),
     "revision": ("verify",),
+    "port": ("serve", "web"),
+    "url": ("bench", "chat", "web"),
 }
 """What may be said on the line, and to which tasks."""
 

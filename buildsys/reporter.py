@@ -100,5 +100,5 @@ def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
     signal.signal(number, signal.SIG_IGN)
     run = invocation()
     run.session.end()
-    run.console.error("interrupted: what is finished is kept, and the same command goes on from there")
+    run.console.error(run.session.goodbye)
     raise SystemExit(128 + number)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,15 +25,19 @@ from buildsys.reporter import Reporter
 
 __all__ = [
     "DOIT_CONFIG",
+    "task_bench",
     "task_build",
+    "task_chat",
     "task_check",
     "task_compare",
     "task_gc",
     "task_plan",
     "task_publish",
     "task_report",
+    "task_serve",
     "task_test",
     "task_verify",
+    "task_web",
     "task_why",
 ]
 
@@ -137,6 +142,26 @@ def _verify_tasks() -> Iterator[Task]:
     yield _plain("verify", (_act, [_verify]), doc=_verify_tasks.__doc__)
 
 
+def _serve_tasks() -> Iterator[Task]:
+    """recipe=NAME [port=N]: run its engine with its own settings, until Ctrl-C"""
+    yield _plain("serve", (_act, [_serve]), doc=_serve_tasks.__doc__)
+
+
+def _chat_tasks() -> Iterator[Task]:
+    """recipe=NAME [url=http://HOST:PORT]: talk with the model in the terminal"""
+    yield _plain("chat", (_act, [_chat]), doc=_chat_tasks.__doc__)
+
+
+def _bench_tasks() -> Iterator[Task]:
+    """recipe=NAME [url=http://HOST:PORT]: tokens a second, time to the first token, GPU memory"""
+    yield _plain("bench", (_act, [_bench]), doc=_bench_tasks.__doc__)
+
+
+def _web_tasks() -> Iterator[Task]:
+    """recipe=NAME [url=http://HOST:PORT] [port=N]: talk with the model in the browser"""
+    yield _plain("web", (_act, [_web]), doc=_web_tasks.__doc__)
+
+
 def _plan_tasks() -> Iterator[Task]:
     """recipe=NAME: its steps, each cached or why it runs; nothing runs"""
     yield _plain("plan", (_act, [_each, "plan", actions.plan]), doc=_plan_tasks.__doc__)
@@ -200,6 +225,22 @@ def task_compare() -> Iterator[Task]:
 
 def task_verify() -> Iterator[Task]:
     return _creator(_verify_tasks)()
+
+
+def task_serve() -> Iterator[Task]:
+    return _creator(_serve_tasks)()
+
+
+def task_chat() -> Iterator[Task]:
+    return _creator(_chat_tasks)()
+
+
+def task_bench() -> Iterator[Task]:
+    return _creator(_bench_tasks)()
+
+
+def task_web() -> Iterator[Task]:
+    return _creator(_web_tasks)()
 
 
 def task_test() -> Iterator[Task]:
@@ -278,6 +319,36 @@ def _each(run: Run, task: str, show: Callable[[Session, str], list[str]]) -> Ite
     run.session.plan(names)
     for name in names:
         yield from show(run.session, name)
+
+
+def _serve(run: Run) -> Iterable[str]:
+    from buildsys import live  # here and below: HTTP and JSON clients that no build needs
+
+    return _alone(run, "serve", live.serve)
+
+
+def _chat(run: Run) -> Iterable[str]:
+    from buildsys import live
+
+    return _alone(run, "chat", live.chat)
+
+
+def _bench(run: Run) -> Iterable[str]:
+    from buildsys import live
+
+    return _alone(run, "bench", live.bench)
+
+
+def _web(run: Run) -> Iterable[str]:
+    from buildsys import live
+
+    return _alone(run, "web", live.web)
+
+
+def _alone(run: Run, task: str, do: Callable[[Session, list[str], Mapping[str, str]], list[str]]) -> list[str]:
+    if threading.current_thread() is not threading.main_thread():  # Ctrl-C reaches the main thread, and a terminal is one person's
+        raise BuildError(f"doit -n {task}", "runs alone", "leave -n away")
+    return do(run.session, run.asked(task), run.line.said)
 
 
 def _check(run: Run) -> Iterable[str]:

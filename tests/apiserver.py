@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -35,6 +36,7 @@ class ApiServer:
         self.faults = {name: value for name, _, value in (fault.partition(":") for fault in faults)}
         self.model = model
         self.asked: list[tuple[str, dict[str, Any]]] = []  # path and body of each POST
+        self.hold: int | None = None  # streams stop after so many pieces for as long as this is set
         self.most = 0  # POSTs in flight at a time
         self._flying = 0
         self.lock = threading.Lock()
@@ -181,7 +183,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _stream(self, pieces: Iterable[Any]) -> None:
         self._head(200, "text/event-stream", {"Transfer-Encoding": "chunked"})
-        for piece in pieces:
+        for at, piece in enumerate(pieces):
+            while self.api.hold is not None and at >= self.api.hold:
+                time.sleep(0.01)
             self.api.wait()
             self._chunk(f"data: {json.dumps(piece)}\n\n")
             if "cut" in self.api.faults:
@@ -223,6 +227,22 @@ def continued(ids: Sequence[int], count: int) -> list[int]:
 def _words(text: str) -> Iterator[str]:
     for at, word in enumerate(text.split(" ")):
         yield word if at == 0 else f" {word}"
+
+
+def machine(folder: Path, *faults: str, lmdeploy: str = "0.18.0") -> dict[str, str]:
+    """The environment of a machine with one GPU and an interpreter that has LMDeploy, which is this program."""
+    folder.mkdir(parents=True, exist_ok=True)
+    listed, used = "0, GPU-1, NVIDIA H200, 570.124, 143771", "0, GPU-1, 2048"
+    scripts = {
+        "nvidia-smi": f'case "$1" in *used*) echo "{used}";; *) echo "{listed}";; esac',
+        "python-of-lmdeploy": f'case "$1" in -c) echo {lmdeploy};; *) exec {sys.executable} {__file__} "$@";; esac',
+    }
+    for name, body in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    path = os.pathsep.join([str(folder), os.environ["PATH"]])
+    found = {"PATH": path, "BUILDSYS_LMDEPLOY": str(folder / "python-of-lmdeploy"), "CUDA_VISIBLE_DEVICES": "0", FAULTS: " ".join(faults)}
+    return found
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("release",),
     ("report",),
     ("driver",),
-    ("actions", "pages", "invocation"),
+    ("actions", "pages", "live", "invocation"),
     ("reporter",),
     ("tasks", "cli"),
     ("commands", "__main__"),

@@ -178,7 +178,7 @@ class Client:
         return self._error(path, f"gave no answer within {seconds(self.timeout_s)}", fix)
 
     def _refused(self, path: str, status: int, said: str) -> BuildError:
-        return self._error(path, f"answers {status}: {_short(said)}", "look at the server's log for the reason")
+        return self._error(path, f"answers {status}: {_short(_message(said))}", "look at the server's log for the reason")
 
     def _broken(self, path: str, said: str) -> BuildError:
         return self._error(path, f"cannot be reached: {_short(said)}", "see that the server runs and that its address is right")
@@ -198,6 +198,14 @@ def _greedy(ids: Sequence[int], max_tokens: int, ignore_eos: bool) -> dict[str, 
     repetition, which Qwen2.5 has there, changes them."""
     plain = {"temperature": 1.0, "top_k": 1, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
     return {"input_ids": list(ids), "max_tokens": max_tokens, "ignore_eos": ignore_eos, **plain, "stream": False}
+
+
+def _message(said: str) -> str:
+    """What an answer that refuses says for people: LMDeploy's `message`, or all of it."""
+    try:
+        return str(json.loads(said)["message"])
+    except (ValueError, KeyError, TypeError):
+        return said
 
 
 def _short(said: str) -> str:

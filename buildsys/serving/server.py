@@ -82,6 +82,12 @@ class Server:
         self._before = 0  # bytes of the log that are older than this run
 
     def __enter__(self) -> Server:
+        if self._process is None:
+            self.start()
+        return self
+
+    def start(self) -> None:
+        """Starts it, and waits until it is healthy. `with` does so where this has not."""
         refuse_taken(self._port)
         try:
             self._process = self._start()
@@ -89,7 +95,6 @@ class Server:
         except BaseException:  # Ctrl-C too: nothing stays behind
             self.stop()
             raise
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:

@@ -56,7 +56,7 @@ def test_a_tool_is_called_and_its_result_answered() -> None:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("refuses", "answers 400: .*the prompt is too long"),
+        ("refuses", "answers 400: the prompt is too long"),
         ("odd", "answers what LMDeploy's api_server does not: .*something else|cut off"),
         ("cut", "cannot be reached"),
         ("late:2", r"gave no answer within 0\.3 s"),
