@@ -102,6 +102,7 @@ def plan(
     packed = graph.pack(fetched, quantized)
     artifact = graph.assemble(fetched, packed, source.names)
     host = _serves(recipe, surveyed, host)
+    skipped = {name: host for name in recipe.verify.checks if isinstance(host, str) and _needs_engine(name)}
     served = None if isinstance(host, str) else partial(graph.serve, fetched, packed, artifact, text, host)
     measures = tuple(graph.measures(fetched, quantized, packed, text, served))
     last = (artifact, *(step for _, step in measures))
@@ -118,8 +119,13 @@ def plan(
         source=source,
         building=_building(recipe, surveyed, layers.schemes, threads, device),
         serving=_serving(recipe, surveyed, layers.schemes),
-        notes=(*engine(recipe, surveyed)[1], *_ungated(recipe), *_unmeasured(recipe, surveyed)),
-        skipped={name: host for name in recipe.verify.checks if isinstance(host, str) and _needs_engine(name)},
+        notes=(
+            *engine(recipe, surveyed)[1],
+            *_ungated(recipe),
+            *_unmeasured(recipe, surveyed),
+            *(f"verify.{name} is skipped here: {why}" for name, why in skipped.items()),
+        ),
+        skipped=skipped,
     )
 
 

@@ -23,9 +23,9 @@ from buildsys.serving.client import Client
 from buildsys.serving.host import Host, memory_each
 from buildsys.serving.server import Server, command, free_port
 from buildsys.serving.settings import Settings
+from buildsys.serving.vram import Peak
 
 NAME = "artifact"  # that the server gives the model
-LOOK_EVERY_S = 0.2  # for a peak of memory
 ANSWER_TOKENS = 24  # of an answer that is asked for to see that there is one
 CALL_TOKENS = 256  # many times what a call of TOOL needs
 DRAWS: tuple[Mapping[str, Any], ...] = ({"temperature": 0.0}, *({"temperature": 2.0, "seed": seed} for seed in range(1, 6)))
@@ -81,7 +81,7 @@ def run(case: Case, asked: Asked, host: Host, log: Path, progress: Callable[[str
     with Server(how, f"http://127.0.0.1:{port}", log, asked.timeout_s, ENVIRONMENT) as server:
         load_s = time.monotonic() - began
         loaded = _more(before, memory_each())
-        with _Deadline(server, asked.timeout_s, asked.timeout_s - load_s), _Peak() as peak:
+        with _Deadline(server, asked.timeout_s, asked.timeout_s - load_s), Peak() as peak:
             found = _questions(case, asked, Client(server.url, asked.timeout_s), progress)
     budget = pool_bytes(log)
     return {
@@ -90,7 +90,7 @@ def run(case: Case, asked: Asked, host: Host, log: Path, progress: Callable[[str
         "settings": {**case.settings.engine, **case.settings.server},
         "load_s": load_s,
         "loaded_bytes": loaded,
-        "vram_bytes": max(loaded, _more(before, peak.bytes)),
+        "vram_bytes": max(loaded, _more(before, peak.each)),
         "pool_bytes": budget,
         "pool_tokens": None if budget is None else budget // case.token_bytes,
         **found,
@@ -192,33 +192,6 @@ def _more(before: Sequence[int], now: Sequence[int]) -> int:
     return max(after - start for start, after in zip(before, now, strict=True))
 
 
-class _Peak:
-    """The most memory that was in use on each GPU while the body ran, looked at every LOOK_EVERY_S."""
-
-    def __init__(self) -> None:
-        self.bytes = memory_each()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
-        self._error: BuildError | None = None
-
-    def __enter__(self) -> _Peak:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _watch(self) -> None:
-        try:
-            while not self._ended.wait(LOOK_EVERY_S):
-                self.bytes = tuple(map(max, self.bytes, memory_each()))
-        except BuildError as error:
-            self._error = error
-
-
 class _Deadline:
     """Ends the server when the body takes longer: whatever waits for its answers fails then, and the server says why."""
 
@@ -244,7 +217,7 @@ def in_transformers(model: Path, asked: Asked, host: Host, log: Path, folder: Pa
     said = {"model": str(model), "prompts": asked.prompts, "loads": asked.loads, "new_tokens": asked.new_tokens, "repeats": asked.repeats}
     questions.write_text(json.dumps(said))
     before = memory_each()
-    with log.open("ab") as file, _Peak() as peak:
+    with log.open("ab") as file, Peak() as peak:
         how = [host.python, plain_transformers.__file__, str(questions), str(answers)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
         try:
@@ -254,6 +227,6 @@ def in_transformers(model: Path, asked: Asked, host: Host, log: Path, folder: Pa
     if ended.returncode != 0:
         last = next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "")
         raise BuildError("transformers", f"ended with exit status {ended.returncode}: {last[:300]}", f"read {log}")
-    vram = _more(before, peak.bytes)
+    vram = _more(before, peak.each)
     memory = {"loaded_bytes": vram, "vram_bytes": vram, "pool_bytes": None, "pool_tokens": None}
     return {"name": "transformers", "engine": "transformers", "settings": {}, "failures": [], **memory, **json.loads(answers.read_text())}

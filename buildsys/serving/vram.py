@@ -6,19 +6,24 @@ import threading
 from types import TracebackType
 
 from buildsys.errors import BuildError
-from buildsys.serving.host import memory_used
+from buildsys.serving.host import memory_each
 
 LOOK_EVERY_S = 0.5
 
 
 class Peak:
-    """`with Peak() as peak: …`; then `peak.used_bytes`. All processes on the visible GPUs count."""
+    """`with Peak() as peak: …`; then `peak.each` for each visible GPU, or their sum. All processes there count."""
 
     def __init__(self) -> None:
-        self.used_bytes = 0
+        self.each: tuple[int, ...] = ()
         self._error: BuildError | None = None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    @property
+    def used_bytes(self) -> int:
+        """Of all GPUs; the sum of what each had at most."""
+        return sum(self.each)
 
     def __enter__(self) -> Peak:
         self._look()
@@ -42,4 +47,5 @@ class Peak:
                 return
 
     def _look(self) -> None:
-        self.used_bytes = max(self.used_bytes, memory_used())
+        now = memory_each()
+        self.each = tuple(map(max, self.each, now)) if self.each else now
