@@ -1,8 +1,13 @@
 """What TurboMind's quantized KV cache does to keys and values, in torch: per head and token, asymmetric, 8 or 4 bits.
 
-From LMDeploy's kernels: src/turbomind/kernels/attention/kv_cache_utils_v2.cu (ProcessKV_v2: keys after the rotary embedding, one scale
-and zero for each head of each token) and quantization.h (warp_stats, ConvertKvCache). A model with 4-bit weights runs in float16 there,
-so every number below that the kernel holds in `half` is rounded to float16 at the same place.
+From LMDeploy's kernels in src/turbomind/kernels/attention. quantization.h (warp_stats, ConvertKvCache) is the arithmetic, and attention
+reads only what that left in the cache: a prefill writes its own tokens (kv_cache_utils_v2.cu, ProcessKV_v2: keys after the rotary
+embedding, one scale and zero for each head of each token), reads all of them back into a flat copy (flattenKV_v2) and attends to that; a
+decoding step writes its token before it reads (attention_universal.h, Prologue). So no token sees fresh keys and values, not even its own,
+and a window whose keys and values are all quantized in one pass scores what serving computes.
+
+A model with 4-bit weights runs in float16 there, so every number below that the kernel holds in `half` is rounded to float16 at the same
+place. benchmarks/kv_engine.py holds this to the engine's logits. LMDeploy's PyTorch engine has the same granularity and other roundings.
 """
 
 from __future__ import annotations
