@@ -3,11 +3,12 @@ matters most."""
 
 from __future__ import annotations
 
+import json
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from buildsys import disk
@@ -16,7 +17,7 @@ from buildsys.errors import BuildError, BuildErrors
 from buildsys.steps import GENERATIONS
 
 if TYPE_CHECKING:
-    from buildsys.release.facts import Facts
+    from buildsys.release.facts import Facts, Ran
     from buildsys.report.view import View
 
 INDEX = "index.html"
@@ -98,7 +99,13 @@ def _view(session: Session, facts: Facts, index: str) -> View:
         no_outliers=NO_OUTLIERS if statistics else NO_STATISTICS,
         signature=_signature(session, facts),
         catalogue=index,
+        served=next((_served(session, ran) for ran in facts.of_kind("serve")), {}),
     )
+
+
+def _served(session: Session, ran: Ran) -> Mapping[str, Any]:
+    told: Mapping[str, Any] = json.loads(session.store.path(ran.output, "served.json").read_text(encoding="utf-8"))
+    return told
 
 
 def _signature(session: Session, facts: Facts) -> str:

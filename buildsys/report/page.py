@@ -14,7 +14,7 @@ from markupsafe import Markup
 from buildsys.footprint import GIB
 from buildsys.release.facts import Facts
 from buildsys.release.resolved import text
-from buildsys.report import plots, policies, sections
+from buildsys.report import engines, plots, policies, sections
 from buildsys.report.axes import fit, linear
 from buildsys.report.markup import in_bytes, in_seconds, number, render, unit_of
 from buildsys.report.view import View
@@ -33,7 +33,8 @@ def page(facts: Facts, view: View | None = None) -> str:
     """HTML."""
     view = view or View()
     recipe, sizes, memory = facts.plan.recipe, sections.sizes(facts), sections.memory(facts)
-    rows, kv = tuple(row for row in sections.rows(facts) if not policies.in_the_table(row)), policies.policies(facts)
+    tabled = (policies.in_the_table, engines.in_the_table)
+    rows, kv = tuple(row for row in sections.rows(facts) if not any(told(row) for told in tabled)), policies.policies(facts)
     return render(
         "page.html.jinja",
         facts=facts,
@@ -48,6 +49,8 @@ def page(facts: Facts, view: View | None = None) -> str:
         rows=rows,
         intervals=list(intervals(rows)),
         kv=kv,
+        engines=engines.engines(facts, view.served),
+        skipped=facts.plan.skipped,
         kv_advice=list(policies.advice(kv)),
         kv_strips=list(policies.strips(facts, kv)),
         errors=errors(facts),

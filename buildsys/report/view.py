@@ -10,8 +10,9 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from buildsys.architecture import SITES, Site
 from buildsys.errors import BuildError
@@ -70,6 +71,7 @@ class View:
     no_outliers: str = NO_OUTLIERS
     signature: str = "Not signed."
     catalogue: str = ""  # a link to the page of all recipes
+    served: Mapping[str, Any] = field(default_factory=dict)  # of the serve step, where one ran
 
 
 def generations(path: Path) -> tuple[Generation, ...]:
