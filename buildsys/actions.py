@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,15 +78,15 @@ def _table(session: Session, name: str, sizes: bool) -> list[str]:
     for state, step, text in rows:
         artifact = artifacts.get(step.planned_key)
         if sizes:
-            text = show.size(artifact.size) if artifact is not None else f"{text}{_expected(step, session.plans[name])}"
+            text = show.size(artifact.size) if artifact is not None else f"{text}{_expected(step, steps, session.plans[name])}"
         lines.append(f"  {state:<7} {step.kind:<9} {step.title:<{width}}  {text}".rstrip())
     lines.append(f"  {len(steps)} steps: {cached} cached, {len(steps) - cached} to run")
     return lines
 
 
-def _expected(step: Step, plan: Plan) -> str:
+def _expected(step: Step, steps: Sequence[Step], plan: Plan) -> str:
     seconds, size = plan.building.seconds.get(step.kind), plan.building.disk_bytes.get(step.kind)
-    alike = sum(one.kind == step.kind for one in plan.steps)  # the plan knows what a kind takes in all
+    alike = sum(one.kind == step.kind for one in steps)  # the plan knows what a kind takes in all
     said = [f"about {show.seconds(seconds / alike)}"] if seconds is not None else []
     said += [show.size(size)] if size is not None else []
     return f"  ({', '.join(said)})" if said else ""

@@ -95,7 +95,7 @@ class Workspace(workspace.Workspace):
         return SimpleNamespace(name=name, graph=graph, at=at, folder=folder, verify=SimpleNamespace(checks=checks), publish=publish)
 
 
-def plan(recipe: Any, store: Any, threads: int = 2) -> Any:
+def plan(recipe: Any, store: Any, threads: int = 2, **more: Any) -> Any:
     graph = recipe.graph
     made: dict[str, Step] = {}
     for name, said in graph["steps"].items():
