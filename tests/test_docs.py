@@ -130,7 +130,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_what_a_target_says_stands_there_with_what_it_becomes(workspace: Path) -> None:
     served = (ROOT / "docs" / "serving.md").read_text()
-    (example,) = BLOCK.findall(served)
+    example, verified = BLOCK.findall(served)
+    assert yaml.safe_load(verified)["verify"]["serve"].keys() <= modules("checks")["serve"].Knobs.model_fields.keys()
     models.tiny_llama(workspace / "recipes" / "short", **SIZES)
     made = planned(workspace, f"{example}\nsource: {{local: {{path: short}}}}")
     knobs, a = made.artifact.knobs, made.survey.architecture

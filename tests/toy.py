@@ -146,6 +146,7 @@ def install() -> None:
     from buildsys import cli, driver, invocation
 
     buildsys.plan.plan = plan  # type: ignore[assignment]
+    buildsys.plan.needs_engine = lambda recipe: False
     buildsys.verdict.judge = judge
     buildsys.release.facts.gather = gather
     buildsys.release.seal.card = lambda facts: f"# {facts.name}\n"
