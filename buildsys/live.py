@@ -57,8 +57,8 @@ class Deployed:
 def serve(session: Session, names: list[str], said: Mapping[str, str]) -> list[str]:
     """Runs the recipe's engine in the foreground, until Ctrl-C or its own end, which is an error."""
     name, port = _one(names, "serve"), _port(said, PORT)
+    session.goodbye = f"{name}: its server stops"
     with _started(session, _deployed(session, name), machine.look(), "serve", port) as server:
-        session.goodbye = f"{name}: its server stops"
         for line in _greeting(name, server.url, Client(server.url, ANSWER_S).model):
             session.console.line(line)
         raise server.wait()
@@ -67,8 +67,8 @@ def serve(session: Session, names: list[str], said: Mapping[str, str]) -> list[s
 def chat(session: Session, names: list[str], said: Mapping[str, str]) -> list[str]:
     """A conversation in the terminal, or with lines from a pipe."""
     name = _one(names, "chat")
+    session.goodbye = ""
     with _running(session, name, "chat", said) as (client, _):
-        session.goodbye = ""
         talk(client, name, sys.stdin, sys.__stdout__ or sys.stdout)
     return []
 
@@ -80,8 +80,8 @@ def web(session: Session, names: list[str], said: Mapping[str, str]) -> list[str
 
     name, port = _one(names, "web"), _port(said, USUAL)
     refuse_taken(port)  # before a large model is loaded
+    session.goodbye = f"{name}: its page closes"
     with _running(session, name, "web", said) as (client, check), page(client, name, port) as url:
-        session.goodbye = f"{name}: its page closes"
         session.console.line(f"{name}: chat at {url}")
         session.console.line("Ctrl-C stops it")
         while True:
@@ -94,6 +94,7 @@ def bench(session: Session, names: list[str], said: Mapping[str, str]) -> list[s
     name = _one(names, "bench")
     deployed = _deployed(session, name)
     prompts = _prompts(deployed)
+    session.goodbye = f"{name}: interrupted, and nothing was written of this run"
     told = {"recipe": name, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "prompts": str(prompts)}
     measured = _bench_there(session, deployed, prompts, said["url"]) if "url" in said else _bench_here(session, deployed, prompts)
     path = session.store.root / f"{name}.bench.json"

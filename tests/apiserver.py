@@ -232,7 +232,7 @@ def _words(text: str) -> Iterator[str]:
 def machine(folder: Path, *faults: str, lmdeploy: str = "0.18.0") -> dict[str, str]:
     """The environment of a machine with one GPU and an interpreter that has LMDeploy, which is this program."""
     folder.mkdir(parents=True, exist_ok=True)
-    listed, used = "0, GPU-1, NVIDIA H200, 570.124, 143771", "0, GPU-1, 2048"
+    listed, used = "0, GPU-1, NVIDIA H200, 570.124, 143771", "0, GPU-1, NVIDIA H200, 570.124, 2048"
     scripts = {
         "nvidia-smi": f'case "$1" in *used*) echo "{used}";; *) echo "{listed}";; esac',
         "python-of-lmdeploy": f'case "$1" in -c) echo {lmdeploy};; *) exec {sys.executable} {__file__} "$@";; esac',

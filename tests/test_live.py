@@ -112,6 +112,18 @@ def test_serve_runs_until_it_is_ended_and_leaves_nothing(place: Path, engine: di
     assert "--model-name" in (place / "artifacts/.store/logs/serve-tiny.log").read_text() and listeners(port) == []
 
 
+def test_ctrl_c_while_the_engine_starts(place: Path, engine: dict[str, str]) -> None:
+    with started(runs.command("serve", "recipe=tiny", f"port={free_port()}"), place, engine | {apiserver.FAULTS: "child hang"}) as command:
+        log = place / "artifacts/.store/logs/serve-tiny.log"
+        while not log.exists() or "child " not in log.read_text():
+            assert command.process.poll() is None
+            time.sleep(0.01)
+        family = command.family()
+        said = command.end(signal.SIGINT)
+    assert command.process.returncode == 130 and len(family) == 2 and gone(family), said
+    assert "tiny: its server stops" in said and "Traceback" not in said
+
+
 def test_serve_gives_the_engine_what_the_recipe_decides(place: Path, engine: dict[str, str]) -> None:
     with started(plain("serve", "tiny", "--port", str(free_port())), place, engine) as command:
         command.until("Ctrl-C stops it")
@@ -312,6 +324,15 @@ def test_bench_of_a_running_server(place: Path) -> None:
     with ApiServer(model="another") as server:
         ran = runs.doit(place, "bench", "recipe=tiny", f"url={server.url}")
     assert ran.status == 1 and "serves another, not tiny" in ran.err and not (place / "artifacts/tiny.bench.json").exists()
+
+
+def test_ctrl_c_ends_a_benchmark(place: Path, engine: dict[str, str]) -> None:
+    with started(runs.command("bench", "recipe=tiny"), place, engine | {apiserver.FAULTS: "late:30"}) as command:
+        command.until("first token")
+        family = command.family()
+        said = command.end(signal.SIGINT)
+    assert command.process.returncode == 130 and gone(family) and "Traceback" not in said, said
+    assert "nothing was written of this run" in said and not (place / "artifacts/tiny.bench.json").exists()
 
 
 # web

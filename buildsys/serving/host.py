@@ -67,10 +67,9 @@ def memory_used() -> int:
 
 def memory_each() -> tuple[int, ...]:
     """Bytes that are in use on each visible GPU, by whatever process."""
-    rows = [line.split(", ") for line in _smi("--query-gpu=index,uuid,memory.used").splitlines() if line.strip()]
+    rows = [Row.read(line) for line in _smi(f"--query-gpu={','.join(QUERY[:-1])},memory.used").splitlines() if line.strip()]
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    named = [Row(index, uuid, Device("", "", int(used) << 20)) for index, uuid, used in rows]
-    return tuple(row.device.memory_bytes for row in (_visible(named, shown) if shown is not None else named))
+    return tuple(row.device.memory_bytes for row in (_visible(rows, shown) if shown is not None else rows))
 
 
 @dataclass(frozen=True)

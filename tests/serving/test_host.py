@@ -15,9 +15,7 @@ from buildsys.serving.host import Device
 ROWS = """0, GPU-aaaa-1, NVIDIA H200, 570.124.06, 143771
 1, GPU-bbbb-2, NVIDIA A10, 570.124.06, 23028
 """
-USED = """0, GPU-aaaa-1, 1000
-1, GPU-bbbb-2, 24
-"""
+USED = ROWS.replace("143771", "1000").replace("23028", "24")
 H200, A10 = (Device("NVIDIA H200", "570.124.06", 143771 << 20), Device("NVIDIA A10", "570.124.06", 23028 << 20))
 
 
