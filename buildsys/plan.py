@@ -393,7 +393,7 @@ def _builder(recipe: Recipe, device: str) -> gpus.GPU | None:
 
 def _building(recipe: Recipe, surveyed: Survey, schemes: Schemes, threads: int, device: str) -> effort.Building:
     gpu = _builder(recipe, device)
-    return effort.building(
+    building = effort.building(
         surveyed.architecture,
         schemes,
         effort.cpu_speed(threads) if gpu is None else effort.cuda_speed(gpu),
@@ -409,6 +409,10 @@ def _building(recipe: Recipe, surveyed: Survey, schemes: Schemes, threads: int, 
             if dataset.module.READS == "model"
         ],
     )
+    if not recipe.quantization.backend.module.TOOL:
+        return building
+    ours = ("calibrate", "quantize")  # a tool's own seconds are not known
+    return replace(building, seconds={kind: seconds for kind, seconds in building.seconds.items() if kind not in ours})
 
 
 # The graph
