@@ -4,7 +4,7 @@ As a program it takes api_server's command line, `python apiserver.py … --serv
 tell it what to do wrong: `hang` (listens never), `ends` (with a message, before it listens), `deaf` (ignores SIGTERM), `child` (starts a
 process of its own, and prints its number), `late:0.2` (waits before each piece of an answer), `dies:3` (by SIGKILL, in the third POST),
 `garbage` (no JSON), `odd` (JSON of something else), `refuses` (400), `fails` (an error in the answer), `cut` (hangs up in the middle),
-`short` (fewer tokens than asked for), `ill` (/health is 503).
+`gathers:4` (answers the first POST when there are four), `short` (fewer tokens than asked for), `ill` (/health is 503).
 Its model writes the words of the last message in reverse; token ids continue by adding one. Nothing in it is LMDeploy's code.
 """
 
@@ -39,7 +39,8 @@ class ApiServer:
         self.hold: int | None = None  # streams stop after so many pieces for as long as this is set
         self.most = 0  # POSTs in flight at a time
         self._flying = 0
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
+        self.together = threading.Condition(self.lock)
         self._server = Listening(("127.0.0.1", port), type("Bound", (Handler,), {"api": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
 
@@ -65,6 +66,8 @@ class ApiServer:
             self.asked.append((path, body))
             self._flying += 1
             self.most = max(self.most, self._flying)
+            self.together.notify_all()
+            self.together.wait_for(lambda: self.most >= int(self.faults.get("gathers") or 0), timeout=20)
             dies = len(self.asked) >= int(self.faults.get("dies") or 1 << 30)
         if dies:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -18,7 +18,7 @@ def prompts(count: int) -> list[list[int]]:
 
 @pytest.mark.parametrize(("batch", "count"), ((1, 2), (4, 4), (4, 10)))
 def test_rate_is_of_all_tokens_of_all_requests(batch: int, count: int) -> None:
-    with ApiServer("late:0.02") as server:
+    with ApiServer("late:0.02", f"gathers:{batch}") as server:
         rate = measure(Client(server.url, 10), prompts(count), batch, 6)
         asked = [body for _, body in server.asked]
     assert (rate.batch, rate.prompt_tokens, rate.new_tokens) == (batch, 3, 6)

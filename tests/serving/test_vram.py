@@ -23,14 +23,15 @@ def used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
     said, looks = tmp_path / "said", tmp_path / "looks"
     smi = tmp_path / "bin" / "nvidia-smi"
     smi.parent.mkdir()
-    smi.write_text(f"#!/bin/sh\necho >> {looks}\ncat {said}\n")
+    smi.write_text(f"#!/bin/sh\ncat {said}\necho >> {looks}\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{smi.parent}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(vram, "LOOK_EVERY_S", 0.01)
 
     def answer(text: str, seen: int = 2) -> None:
-        said.write_text(text)
+        said.with_suffix(".new").write_text(text)
+        said.with_suffix(".new").replace(said)  # never seen half-written
         before = len(looks.read_text()) if looks.exists() else -2
         while before >= 0 and len(looks.read_text()) < before + seen:  # the look that may have been under way, and the next
             time.sleep(0.001)
@@ -43,7 +44,7 @@ def test_the_most_that_was_seen(used: Callable[..., None]) -> None:
     with Peak() as peak:
         used(row(300) + row(5, 1))
         used(row(100) + row(6, 1))
-    assert peak.used_bytes == 305 << 20
+    assert peak.each == (300 << 20, 6 << 20) and peak.used_bytes == 306 << 20
 
 
 def test_a_driver_that_fails_meanwhile(used: Callable[..., None]) -> None:
