@@ -181,9 +181,9 @@ def test_a_server_that_is_killed_while_it_is_asked(built: Path, host: dict[str, 
 
 def test_a_server_that_answers_too_slowly(built: Path, host: dict[str, str], tmp_path: Path) -> None:
     """It is healthy, and then the whole trial takes longer than it may."""
-    workspace = asking(built, tmp_path, "timeout_s: 25, batches: [64], new_tokens: 512, prompts: 64, repeats: 50, prompt_tokens: 64")
+    workspace = asking(built, tmp_path, "timeout_s: 20, batches: [64], new_tokens: 512, prompts: 64, repeats: 50, prompt_tokens: 64")
     said = refused(workspace, host, 100)
-    assert "was not done within 25 s" in said
+    assert "was not done within 20 s" in said
 
 
 def test_killing_the_build_kills_the_server(built: Path, host: dict[str, str], tmp_path: Path) -> None:
