@@ -112,7 +112,8 @@ class Session:
 
     def plan(self, names: Iterable[str]) -> None:
         """Plans every recipe before any step runs, so that a mistake in the last one costs seconds."""
-        from buildsys.plan import needs_engine, plan
+        from buildsys.deployment import needs_engine
+        from buildsys.plan import plan
 
         errors: list[BuildError] = []
         for name in names:

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from buildsys import footprint
+from buildsys.deployment import on_target
 from buildsys.footprint import GIB, KV_BITS, Serving, kv_bytes_per_token
 from buildsys.gpus import KvPolicy
-from buildsys.plan import Plan, on_target
+from buildsys.plan import Plan
 
 BAR = 48  # characters for the whole of a GPU's memory
 

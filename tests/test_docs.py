@@ -15,7 +15,7 @@ import pytest
 import yaml
 from pydantic_core import PydanticUndefined
 
-from buildsys import gpus, plan
+from buildsys import deployment, gpus, plan
 from buildsys.errors import BuildErrors
 from buildsys.recipe import KvCache, Mixed, Quantization, Target
 from buildsys.serving.settings import ToolCallParser, settings
@@ -63,7 +63,7 @@ def test_there_are_examples() -> None:
 def test_an_example_plans_for_the_engine_that_it_names(example: str, workspace: Path) -> None:
     named = example.partition("\n")[0].removeprefix("# ").partition(";")[0]
     made = planned(workspace, example)
-    assert plan.engine(made.recipe, made.survey)[0] == ENGINES[named]
+    assert deployment.engine(made.recipe, made.survey)[0] == ENGINES[named]
 
 
 def test_an_example_may_fail(workspace: Path) -> None:

@@ -14,10 +14,11 @@ import pytest
 import runs
 
 from buildsys import gpus
+from buildsys.deployment import serving_with
 from buildsys.errors import BuildError, BuildErrors
 from buildsys.gpus import KvPolicy
 from buildsys.outlook import outlook
-from buildsys.plan import Plan, plan, serving_with
+from buildsys.plan import Plan, plan
 from buildsys.scheme import Scheme, Schemes
 from buildsys.step import Need, digest, reads
 from buildsys.store import Store

@@ -139,6 +139,7 @@ def gather(made: Any, store: Any, verdicts: tuple[Verdict, ...]) -> Any:
 
 def install() -> None:
     """Makes buildsys build toys in this process and its children."""
+    import buildsys.deployment
     import buildsys.plan
     import buildsys.release.facts
     import buildsys.release.seal
@@ -146,7 +147,7 @@ def install() -> None:
     from buildsys import cli, driver, invocation
 
     buildsys.plan.plan = plan  # type: ignore[assignment]
-    buildsys.plan.needs_engine = lambda recipe: False
+    buildsys.deployment.needs_engine = lambda recipe: False
     buildsys.verdict.judge = judge
     buildsys.release.facts.gather = gather
     buildsys.release.seal.card = lambda facts: f"# {facts.name}\n"

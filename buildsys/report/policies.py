@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from buildsys import gpus
+from buildsys.deployment import serving_with
 from buildsys.footprint import KV_BITS, Serving
 from buildsys.measurement import Measurement
-from buildsys.plan import serving_with
 from buildsys.release.facts import Facts
 from buildsys.report import plots
 from buildsys.report.axes import fit

@@ -19,9 +19,9 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from buildsys import footprint, gpus
+from buildsys.linears import linears
 from buildsys.located import Located
 from buildsys.measurement import Measurement, Verdict
-from buildsys.plan import linears
 from buildsys.release.card import card, front_matter, license_of, plain
 from buildsys.release.facts import Facts, Ran, gather
 from buildsys.release.resolved import resolved

@@ -1,0 +1,340 @@
+"""A recipe's steps: what each reads, and so what is in its key. The knobs and the files that a step names are all that it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from buildsys import footprint, gpus
+from buildsys.deployment import engine, engine_check, source_engine
+from buildsys.errors import BuildError
+from buildsys.linears import Linears
+from buildsys.located import Located
+from buildsys.measurement import scores_file
+from buildsys.quant import VERSION as QUANT
+from buildsys.recipe import Recipe
+from buildsys.serving.settings import PROFILE
+from buildsys.slots import Choice, modules
+from buildsys.step import Need, Step
+from buildsys.store import Store
+from buildsys.survey import Survey
+
+if TYPE_CHECKING:
+    from buildsys.serving.host import Host
+
+WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
+"""What a step reads that computes with a model."""
+
+CHAT = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json")
+"""Beside the tokenizer, what turns a conversation into text, and special tokens into their ids."""
+
+SERVED = ("rope_scaling", "tool_call_parser")
+"""Knobs of the target that change no number that planning knows."""
+
+LOADED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", PROFILE)
+"""What an engine reads of an artifact: not what is written there for people."""
+
+CHOSEN = "schemes.json"
+"""What allocate writes: the scheme of each linear."""
+
+VERSIONS = MappingProxyType(
+    {
+        **dict.fromkeys(("fetch", "tokens", "disjoint", "calibrate", "allocate", "measure", "generate", "serve"), 1),
+        **dict.fromkeys(("quantize", "score"), 2),
+        **dict.fromkeys(("assemble", "pack"), 3),
+    }
+)
+"""Of the steps' own glue in steps.py; arithmetic, methods, formats and checks have VERSIONs of their own, which are in the keys too."""
+
+
+def located(recipe: Recipe, where: tuple[str, ...], chosen: Choice, store: Store) -> Located:
+    """The files of the recipe's choice at `where`; what is wrong with them is told at the recipe's own line."""
+    try:
+        found: Located = chosen.module.locate(chosen.knobs, recipe.folder(*where), store.home / "hub")
+    except BuildError as error:
+        raise BuildError(recipe.at(*where, chosen.name), f"{error.where}: {error.what}", error.fix) from None
+    return found
+
+
+def scored_policies(recipe: Recipe) -> tuple[gpus.KvPolicy, ...]:
+    """KV policies that are scored beside none: those that the kv check names, and the recipe's own."""
+    own, named = recipe.kv_cache.policy, recipe.verify.checks.get("kv")
+    asked = {own, *getattr(named, "policies", ())} - {"none"}
+    return tuple(policy for policy in footprint.KV_BITS if policy in asked)
+
+
+def _method(chosen: Choice) -> dict[str, Any]:
+    return {"name": chosen.name, "version": chosen.module.VERSION, "knobs": chosen.knobs.model_dump()}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Makes a recipe's steps; each names exactly the knobs and the files that it reads."""
+
+    recipe: Recipe
+    surveyed: Survey
+    layers: Linears
+    store: Store
+    located: Located  # the source's files
+    allocated: Step | None = None  # chooses each linear's bits, where the recipe leaves that open
+
+    def _step(self, kind: str, title: str, knobs: Mapping[str, Any], *needs: Need, **more: Any) -> Step:
+        return Step(kind, title, VERSIONS[kind], knobs, needs, **{"heavy": True, **more})
+
+    @property
+    def _packing(self) -> dict[str, Any]:
+        """How the packed weights are to be read."""
+        chosen = self.recipe.format
+        return {
+            "format": {"name": chosen.name, "version": chosen.module.VERSION, "knobs": chosen.knobs.model_dump()},
+            **self.layers.schemes.to_json(),
+        }
+
+    @property
+    def _bits(self) -> tuple[Need, ...]:
+        """Where linears' bits are told, unless the recipe tells them."""
+        return (Need("bits", self.allocated, (CHOSEN,)),) if self.allocated is not None else ()
+
+    def fetch(self, what: str, slot: str, name: str, found: Located) -> Step:
+        """Its key holds what the files are, never where they come from: a model on a hub and its copy on a disk are one step."""
+        files = {file: found.sha256.get(file) or self.store.sha256(found.files[file]) for file in found.names}
+        if found.how:
+            hints: dict[str, Any] = {"how": dict(found.how), "slot": slot, "module": name}
+        else:
+            hints = {"paths": {file: str(path.absolute()) for file, path in found.files.items()}}
+            hints |= {"module": name, "pin": found.pin} if found.pin else {}  # all of a hub's files may be here
+        title = f"{what} ({name}{' ' + found.pin if found.pin else ''})"
+        return self._step("fetch", title, {"files": files}, heavy=bool(found.how), hints=hints, promises=files)
+
+    def tokens(self, section: str, source: Step) -> Step:
+        """Windows of one of the recipe's two texts; files are fetched first where the dataset has any."""
+        asked = self.recipe.calibration if section == "calibration" else self.recipe.verify
+        key = "dataset" if section == "calibration" else "text"
+        dataset: Choice = getattr(asked, key)
+        module, written = dataset.module, dataset.knobs.model_dump(exclude=set(dataset.module.PLACES))
+        knobs = {
+            "dataset": {"name": dataset.name, "version": module.VERSION, "knobs": written},
+            "samples": asked.samples,
+            "seqlen": asked.seqlen,
+            "seed": asked.seed,
+        }
+        where = self.recipe.at(section, "samples")
+        if module.READS == "model":
+            knobs |= {"model": self.surveyed.computed, "quant": QUANT}
+            needs = [Need("source", source, WEIGHTS)]
+        else:
+            knobs |= {"vocab_size": self.surveyed.architecture.vocab_size}
+            found = located(self.recipe, (section, key), dataset, self.store)
+            text = self.fetch(f"{section} text", "datasets", dataset.name, found)
+            if module.READS == "chat":
+                fix = "use text_files for a base model, or the chat model of its family as the source"
+                self._has_template(section, key, "the dataset holds conversations", fix)
+            needs = [Need("source", source, self._tokenizer(module.READS == "chat")), Need("text", text)]
+        title = f"{section} {dataset.name} {asked.samples} x {asked.seqlen}, seed {asked.seed}"
+        return self._step("tokens", title, knobs, *needs, hints={"where": where}, computes=module.READS == "model")
+
+    def _has_template(self, section: str, key: str, needed: str, fix: str) -> None:
+        from buildsys.io.chat import has_template
+
+        if not has_template(self.located.files):
+            raise BuildError(self.recipe.at(section, key), f"the model has no chat template, and {needed}", fix)
+
+    def _tokenizer(self, chat: bool) -> tuple[str, ...]:
+        """Files of the source that turn text into tokens; tokenizer.json says it all, a sentencepiece model leaves added tokens out."""
+        whole = self.surveyed.tokenizer == "tokenizer.json" and not chat
+        return (self.surveyed.tokenizer,) if whole else (self.surveyed.tokenizer, *CHAT)
+
+    def disjoint(self, calibration: Step, text: Step) -> Step:
+        """Refuses verify text that calibration has seen; nothing reads its output, but nothing expensive starts before it."""
+        needs = Need("calibration", calibration), Need("verify", text)
+        return self._step("disjoint", "verify text is new", {}, *needs, hints={"where": self.recipe.at("verify", "text")})
+
+    def calibrate(self, source: Step, tokens: Step, disjoint: Step) -> Step:
+        knobs = {"model": self.surveyed.computed, "quant": QUANT}
+        needs = Need("source", source, WEIGHTS), Need("tokens", tokens)
+        return self._step("calibrate", "activation statistics", knobs, *needs, after=(disjoint,), computes=True)
+
+    def _methods(self) -> list[dict[str, Any]]:
+        return [_method(chosen) for chosen in self.recipe.quantization.method]
+
+    def allocate(self, source: Step, stats: Step, tokens: Step) -> Step:
+        """Bits for each linear from what it costs to have fewer there."""
+        mixed = self.recipe.quantization.mixed
+        assert mixed is not None
+        knobs = {
+            "model": self.surveyed.computed,
+            "quant": QUANT,
+            **self.layers.schemes.to_json(),
+            "methods": self._methods()[:-1],
+            "mixed": mixed.model_dump(mode="json"),
+        }
+        title = f"bits from {', '.join(map(str, mixed.bits))} under {mixed.budget_bits:g}"
+        needs = Need("source", source, WEIGHTS), Need("stats", stats), Need("tokens", tokens)
+        return self._step("allocate", title, knobs, *needs, computes=True, hints={"where": self.recipe.at("quantization", "mixed")})
+
+    def quantize(self, source: Step, stats: Step, tokens: Step, disjoint: Step) -> Step:
+        asked, own, backend = self.recipe.quantization, self.layers.methods, self.recipe.quantization.backend
+        methods = {name: _method(chosen) for name, chosen in sorted(own.items())}
+        knobs = {
+            "model": self.surveyed.computed,
+            "quant": QUANT,
+            **self.layers.schemes.to_json(),
+            "methods": self._methods(),
+        } | ({"own_methods": methods} if methods else {})
+        if backend.module.TOOL:  # its methods are the tool's, whatever version ours have
+            knobs |= {"methods": [chosen.name for chosen in asked.method], "backend": _method(backend)}
+        reads = backend.module.READS
+        needs = [Need("source", source, WEIGHTS), *([Need("stats", stats)] if "stats" in reads else ()), *self._bits]
+        if "stats" not in reads or any(chosen.module.SEES_TOKENS for chosen in (asked.method[-1], *own.values())):
+            needs.append(Need("tokens", tokens))
+        title = f"{asked.told}, {' + '.join(m.name for m in asked.method)}{f' by {backend.module.TOOL}' if backend.module.TOOL else ''}"
+        hints = {"where": self.recipe.at("quantization", "backend")} if backend.module.TOOL else {}
+        after = () if "stats" in reads else (disjoint,)
+        return self._step("quantize", title, knobs, *needs, after=after, hints=hints, resumes=backend.module.RESUMES, computes=True)
+
+    def pack(self, source: Step, blocks: Step) -> Step:
+        knobs = {"model": self.surveyed.computed, "quant": QUANT, **self._packing}
+        needs = Need("source", source, WEIGHTS), Need("blocks", blocks, ("*.safetensors",)), *self._bits
+        return self._step("pack", f"format {self.recipe.format.name}", knobs, *needs, computes=True)
+
+    def assemble(self, source: Step, packed: Step, files: tuple[str, ...]) -> Step:
+        """Everything of the source that is not weights, the packed weights, and how to serve them."""
+        target = self.recipe.target.model_dump() if self.recipe.target is not None else None
+        if self.recipe.target is not None and self.recipe.target.tool_call_parser is not None:
+            self._has_template("target", "tool_call_parser", "a server calls tools through it", "leave tool_call_parser out")
+        knobs = {
+            **self._packing,
+            "model": self.surveyed.computed,
+            "kv_cache": self.recipe.kv_cache.model_dump(),
+            "target": target,
+            "engine": engine(self.recipe, self.surveyed)[0],
+        }
+        rest = tuple(sorted(name for name in files if not name.endswith((".safetensors", ".safetensors.index.json"))))
+        needs = Need("source", source, rest), Need("packed", packed), *self._bits
+        return self._step("assemble", "deployable folder", knobs, *needs, heavy=False)
+
+    def score(self, source: Step, packed: Step, tokens: Step, policies: tuple[str, ...]) -> Step:
+        """One walk over both models for these KV policies. What is scored without one has the key that it had before there were several."""
+        knobs = {"model": self.surveyed.computed, "quant": QUANT, **self._packing}
+        knobs["kv"] = "none" if policies == ("none",) else list(policies)
+        needs = Need("source", source, WEIGHTS), Need("packed", packed), Need("tokens", tokens), *self._bits
+        title = "predictions beside the source's" + ("" if policies == ("none",) else f", KV cache {', '.join(policies)}")
+        return self._step("score", title, knobs, *needs, computes=True)
+
+    def scores(self, source: Step, packed: Step, tokens: Step) -> tuple[Need, ...]:
+        """What checks read of predictions: without a KV policy, and with each that is asked for (docs/decisions/0017-kv-policies.md).
+
+        A recipe that names the kv check has all its policies scored in one walk, the same for each of kv_cache.policy. One that only has a
+        policy pays for it alone, beside the scores without one that its recipe without a policy has too.
+        """
+        own, named = self.recipe.kv_cache.policy, self.recipe.verify.checks.get("kv")
+        asked = scored_policies(self.recipe)
+        if named is not None:
+            plain = with_kv = self.score(source, packed, tokens, ("none", *asked))
+        else:
+            plain, with_kv = self.score(source, packed, tokens, ("none",)), self.score(source, packed, tokens, (own,))
+        needs = [Need("scores", plain, (scores_file("none"),))]
+        return (*needs, Need("kv_scores", with_kv, tuple(map(scores_file, asked)))) if asked else tuple(needs)
+
+    def generate(self, source: Step, packed: Step, files: tuple[str, ...]) -> Step | None:
+        """Both models' greedy answers to the recipe's prompts."""
+        asked = self.recipe.report
+        prompts = [*asked.prompts, *self._prompts_file()]
+        if not prompts:
+            return None
+        knobs = {
+            "prompts": prompts,
+            "max_new_tokens": asked.max_new_tokens,
+            "chat": asked.chat,
+            "model": self.surveyed.computed,
+            "quant": QUANT,
+            **self._packing,
+        }
+        beside = tuple(name for name in (self.surveyed.tokenizer, *CHAT, "generation_config.json") if name in files)
+        needs = Need("source", source, (*WEIGHTS, *beside)), Need("packed", packed), *self._bits
+        where = self.recipe.at("report")
+        title = f"answers to {len(prompts)} prompts"
+        return self._step("generate", title, knobs, *needs, hints={"where": where}, computes=True)
+
+    def _prompts_file(self) -> list[str]:
+        """Prompts of `report.path`, one a line."""
+        if self.recipe.report.path is None:
+            return []
+        path = self.recipe.folder("report") / self.recipe.report.path
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            what = f"{path} cannot be read as text: {error.strerror if isinstance(error, OSError) else error}"
+            raise BuildError(self.recipe.at("report", "path"), what, "write a UTF-8 file with one prompt a line") from None
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise BuildError(self.recipe.at("report", "path"), f"{path} holds no prompt", "write one prompt a line, or leave path out")
+        return prompts
+
+    def serve(self, source: Step, packed: Step, artifact: Step, tokens: Step, host: Host, asked: Any) -> Step:
+        """A server of the artifact, and what it is held beside, on this machine's GPU: of another GPU, driver or engine it says nothing."""
+        report, module = self.recipe.report, modules("checks")["serve"]
+        chosen = asked.model_dump(mode="json", exclude={*module.LIMITS, *module.ASIDE})
+        count = 1 if self.recipe.target is None else self.recipe.target.count
+        policy = self.recipe.kv_cache.policy
+        knobs = {
+            "asked": chosen,
+            "prompts": [*report.prompts, *self._prompts_file()],
+            "chat": report.chat,
+            "host": {"lmdeploy": host.lmdeploy, "gpus": [[device.name, device.driver] for device in host.devices[:count]]},
+            "source": source_engine(self.recipe, self.surveyed),
+            "token_bytes": {said: footprint.kv_bytes_per_token(self.surveyed.architecture, said, count) for said in ("none", policy)},
+            "kv": policy,
+            "model": self.surveyed.computed,
+            "quant": QUANT,
+            **self._packing,
+        }
+        needs = (
+            Need("source", source),
+            Need("packed", packed),
+            Need("artifact", artifact, LOADED),
+            Need("tokens", tokens),
+            *self._bits,
+        )
+        hints = {"python": host.python, "timeout_s": asked.timeout_s, "where": self.recipe.at("verify", "serve")}
+        title = f"a server on {', '.join(sorted({device.name for device in host.devices[:count]}))}"
+        return self._step("serve", title, knobs, *needs, hints=hints, computes=True, engine=True)
+
+    def measures(
+        self, source: Step, quantized: Step, packed: Step, tokens: Step, served: Callable[[Any], Step] | None
+    ) -> Iterator[tuple[str, Step]]:
+        """One step a check, without its limits: those are judged, and a change of them measures nothing again. `served` makes the step
+        that a check reads which asks an engine; None: there is none here, and such a check is skipped."""
+        policy = self.recipe.kv_cache.policy
+        every = Need("packed", packed), Need("blocks", quantized, ("*.safetensors",)), *self.scores(source, packed, tokens)
+        outputs = {need.role: need for need in every}
+        named = self.recipe.verify.checks
+        for name, module in modules("checks").items():
+            if not (module.ALWAYS or name in named or ("kv_scores" in module.READS and policy != "none")):
+                continue
+            chosen = named[name] if name in named else module.Knobs()
+            if engine_check(name):
+                if served is None:
+                    continue
+                outputs["served"] = Need("served", served(chosen), ("served.json",))
+            needs = [outputs[role] for role in module.READS if role in outputs]
+            knobs = {
+                "check": {"name": name, "version": module.VERSION, "knobs": chosen.model_dump(exclude={*module.LIMITS, *module.ASIDE})},
+                "model": self.surveyed.computed,
+                "quant": QUANT if module.READS != ("plan",) else None,
+                **self._packing,
+                "facts": self._facts(module.READS),
+            }
+            # config.json tells the architecture; where a check reads no weights, nothing else of the source is in its key.
+            computes = "packed" in module.READS
+            yield name, self._step("measure", name, knobs, Need("source", source, ("config.json",)), *needs, *self._bits, computes=computes)
+
+    def _facts(self, reads: tuple[str, ...]) -> dict[str, Any]:
+        """What planning knows, for the checks that ask for it."""
+        kv_cache = self.recipe.kv_cache.model_dump()
+        if "plan" in reads:
+            target = self.recipe.target.model_dump(exclude=set(SERVED)) if self.recipe.target is not None else None
+            return {"kv_cache": kv_cache, "target": target}
+        return {"kv_cache": {"policy": kv_cache["policy"]}} if "kv_scores" in reads else {}
