@@ -30,6 +30,7 @@ from buildsys.worker import STEPS, Device, Job, Workers, perform
 
 if TYPE_CHECKING:
     from buildsys.plan import Plan
+    from buildsys.recipe import Recipe
     from buildsys.release.facts import Facts
     from buildsys.release.signing import Signer
     from buildsys.serving.host import Host
@@ -221,11 +222,13 @@ class Session:
     def publish(self, name: str) -> Iterator[str]:
         """Sends the judged release where the recipe says. Publishing looks at the other side each time, so it is never cached."""
         self._unpublished.add(name)
-        skipped = [verdict for verdict in self.verdicts[name] if verdict.state != "passed"]
-        if skipped:
-            text = "; ".join(f"{verdict.check} was skipped: {verdict.text}" for verdict in skipped)
-            fix = "run it where every declared check can run, or take the check out of the recipe"
-            raise BuildError(self.plans[name].recipe.at("verify"), f"{name} is not published: {text}", fix)
+        recipe = self.plans[name].recipe
+        lost = [verdict for verdict in self.verdicts[name] if not _publishes(verdict, recipe)]
+        if lost:
+            text = "; ".join(f"{verdict.check} was {verdict.state}: {verdict.text}" for verdict in lost)
+            waive = f"publish: {{waive: [{', '.join(dict.fromkeys(verdict.check for verdict in lost))}]}}"
+            fix = f"run it where every declared check can run, or write {waive}"
+            raise BuildError(recipe.at("verify"), f"{name} is not published: {text}", fix)
         for publisher, module, knobs, to in self._places(name):
             receipt = self._send(name, publisher, partial(module.publish, knobs, self.releases[name], to))
             yield f"published {name} -> {receipt.url} ({publisher}, read back, digest {receipt.digest[:16]})"
@@ -234,7 +237,7 @@ class Session:
     def rehearse(self, name: str) -> list[str]:
         """What `publish` would send of what is built; nothing is sent, and nothing is built."""
         facts, recipe = self.facts(name), self.plans[name].recipe
-        lost = [f"check {verdict.check} {verdict.state}: {verdict.text}" for verdict in facts.verdicts if verdict.state != "passed"]
+        lost = [f"check {verdict.check} {verdict.state}: {verdict.text}" for verdict in facts.verdicts if not _publishes(verdict, recipe)]
         if lost:
             raise BuildError(recipe.at("verify"), f"{name} would not be published: {'; '.join(lost)}", f"run `doit build recipe={name}`")
         release = self._seal(facts)
@@ -438,6 +441,11 @@ def _whence(step: Step) -> dict[str, Any]:
     if "how" in step.hints:
         told["how"] = {name: value for name, value in step.hints["how"].items() if name != "files"}
     return {"hints": told} if told else {}
+
+
+def _publishes(verdict: Verdict, recipe: Recipe) -> bool:
+    """Whether a gate lets the artifact go out: it holds, or could not run here and the recipe waives that by name."""
+    return verdict.state == "passed" or (verdict.state == "skipped" and verdict.check in recipe.publish.waive)
 
 
 def release_step(plan: Plan) -> Step:

@@ -164,6 +164,10 @@ class _Verify(Frozen):
 class _Publish(Frozen):
     """Where `doit publish` sends the artifact."""
 
+    waive: tuple[str, ...] = Field(
+        default=(), description="checks that may be skipped, and the artifact is published all the same: [serve]"
+    )
+
     @property
     def publishers(self) -> dict[str, BaseModel]:
         """Knobs of the publishers that the recipe names, by name."""
@@ -316,6 +320,7 @@ def refusals(recipe: Recipe) -> list[BuildError]:
         *rest,
         *_budget(recipe),
         *_known_gpu(recipe),
+        *_waivable(recipe),
         *_fresh_text(recipe),
     ]
 
@@ -449,6 +454,19 @@ def _budget(recipe: Recipe) -> Iterator[BuildError]:
         what = f"quantization.mixed.budget_bits is {asked.mixed.budget_bits:g}; bits from {least} to {most} leave nothing to choose there"
         fix = f"set a budget between {least} and {most}" if least < most else "name other bits too in mixed.bits"
         yield BuildError(recipe.at("quantization", "mixed", "budget_bits"), what, fix)
+
+
+def _waivable(recipe: Recipe) -> Iterator[BuildError]:
+    """A waiver names a check that the recipe has, and that can be skipped at all; what always runs either holds or does not."""
+    able = [name for name in recipe.verify.checks if "required" in type(recipe.verify.checks[name]).model_fields]
+    for at, name in enumerate(recipe.publish.waive):
+        if name not in able:
+            what = f"publish.waive names {name}, which is no check of this recipe that can be skipped"
+            fix = f"name {' or '.join(able)}, or leave waive out" if able else "leave waive out"
+            yield BuildError(recipe.at("publish", "waive", at), what, fix)
+        elif getattr(recipe.verify.checks[name], "required", "auto") == "always":
+            what = f"publish.waive names {name}, and verify.{name}.required is always"
+            yield BuildError(recipe.at("publish", "waive", at), what, "leave one of the two out")
 
 
 def _known_gpu(recipe: Recipe) -> Iterator[BuildError]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pydantic
 import pytest
+import runs
 
 from buildsys.errors import BuildError, BuildErrors
 from buildsys.recipe import Recipe
@@ -171,3 +172,21 @@ def test_fp8_cannot_be_rounded_by_gptq(tmp_path: Path) -> None:
     fp8 = "bits: 8\n  group_size: -1\n  symmetric: true\n  number: fp8"
     error = refused(tmp_path, SELF.replace("bits: 4", fp8).replace("format: awq", "format: compressed_tensors"))
     assert "method gptq" in error.what and "rtn" in error.fix
+
+
+@pytest.mark.parametrize(
+    ("serve", "waive", "said"),
+    (
+        ("serve: {}", "[serve]", None),
+        ("kl: {}", "[kl]", "no check of this recipe that can be skipped"),
+        ("kl: {}", "[serve]", "no check of this recipe that can be skipped"),
+        ("serve: {required: always}", "[serve]", "required is always"),
+    ),
+)
+def test_only_what_can_be_skipped_is_waived(serve: str, waive: str, said: str | None, tmp_path: Path) -> None:
+    workspace = runs.tiny(tmp_path / "workspace")
+    recipe = workspace / "recipes" / "tiny.yaml"
+    runs.edit(recipe, "  kl: {max_nats: 9.0}\n", f"  {serve}\n")
+    runs.edit(recipe, "publish: {", f"publish: {{waive: {waive}, ")
+    found = [str(error) for error in Workspace(workspace).check()]
+    assert found == [] if said is None else any(said in error and "tiny.yaml:" in error for error in found), found

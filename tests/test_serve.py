@@ -111,7 +111,10 @@ def test_without_a_gpu_it_is_skipped_and_never_passed(built: Path, tmp_path: Pat
     assert "skipped serve     this machine: no CUDA device" in ran.out and "1 checks skipped" in ran.out
     assert "passed  serve" not in ran.out
     refused = runs.doit(workspace, "publish", "recipe=demo", **bare)
-    assert refused.status == 1 and "serve was skipped" in refused.err
+    assert refused.status == 1 and "serve was skipped" in refused.err and "publish: {waive: [serve]}" in refused.err
+    runs.edit(workspace / "recipes" / "demo" / "demo.yaml", "publish:\n", "publish:\n  waive: [serve]\n")
+    assert "published demo" in runs.doit(workspace, "publish", "recipe=demo", **bare).fine().out
+    assert "skipped" in (workspace / "published" / "demo" / "README.md").read_text(), "whoever takes it is told"
 
 
 def test_required_always_fails_where_it_cannot_run(built: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ class Workspace(workspace.Workspace):
             raise BuildError(f"recipes/{path.name}:1", f"is no JSON: {error}", "write JSON") from None
         checks = {check: create_model("Knobs", max_bytes=(int, limit))() for check, limit in graph.get("limits", {}).items()}
         at = lambda *where: f"recipes/{path.name}:1"  # noqa: E731
-        publish = SimpleNamespace(publishers={name: directory.Knobs(path=to) for name, to in graph.get("publish", {}).items()})
+        publish = SimpleNamespace(waive=(), publishers={name: directory.Knobs(path=to) for name, to in graph.get("publish", {}).items()})
         folder = lambda *where: self.root  # noqa: E731
         return SimpleNamespace(name=name, graph=graph, at=at, folder=folder, verify=SimpleNamespace(checks=checks), publish=publish)
 

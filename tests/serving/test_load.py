@@ -23,7 +23,8 @@ def test_rate_is_of_all_tokens_of_all_requests(batch: int, count: int) -> None:
         asked = [body for _, body in server.asked]
     assert (rate.batch, rate.prompt_tokens, rate.new_tokens) == (batch, 3, 6)
     assert rate.tokens_per_s == pytest.approx(count * 6 / rate.seconds)
-    assert server.most == batch and rate.first_token_s >= 0.02
+    # The server's thread of an answered request may not be through when the next one comes: as many again at most.
+    assert batch <= server.most <= 2 * batch and rate.first_token_s >= 0.02
     whole = [body["input_ids"] for body in asked if body["max_tokens"] == 6]
     assert sorted(whole) == prompts(count), "each prompt once"
     assert all(body["ignore_eos"] for body in asked) and sum(body["stream"] for body in asked) == count
