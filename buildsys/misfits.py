@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from buildsys import footprint, gpus, remedies
 from buildsys.architecture import Linear
@@ -53,7 +53,7 @@ def misfits(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> list[BuildErr
         if asked.seqlen > a.max_positions:
             what = f"{section}.seqlen is {asked.seqlen}; the model has {a.max_positions} positions"
             errors.append(BuildError(recipe.at(section, "seqlen"), what, f"set {section}.seqlen: {a.max_positions}"))
-    return errors + _target_misfits(recipe, surveyed, schemes)
+    return [*errors, *_target_misfits(recipe, surveyed, schemes), *_serve_misfits(recipe, surveyed)]
 
 
 def _unfit(recipe: Recipe, name: str, linear: Linear, scheme: Scheme) -> Iterator[BuildError]:
@@ -113,6 +113,20 @@ def _too_small(recipe: Recipe, surveyed: Survey, schemes: Schemes, serving: foot
     what += f"{serving.memory_bytes / gib:.1f} GiB are there, {-serving.spare_bytes / gib:.1f} GiB too few"
     fix = remedies.hint(surveyed.architecture, schemes, said, runs)
     return BuildError(recipe.at("target"), f"target {said.gpu.name} x {said.count}: {what}", fix)
+
+
+def _serve_misfits(recipe: Recipe, surveyed: Survey) -> Iterator[BuildError]:
+    """What verify.serve asks of a server that it is not, whether or not one can run here."""
+    asked: Any = recipe.verify.checks.get("serve")
+    if asked is None:
+        return
+    prompt, length = min(asked.prompt_tokens, recipe.verify.seqlen), session_len(recipe, surveyed)
+    if prompt + asked.new_tokens > length:
+        what = f"verify.serve asks for {asked.new_tokens} tokens after {prompt}; a session holds {length}"
+        yield BuildError(recipe.at("verify", "serve", "new_tokens"), what, f"set new_tokens and prompt_tokens to {length} together at most")
+    if asked.tools and (recipe.target is None or recipe.target.tool_call_parser is None):
+        what = "verify.serve.tools asks for a tool call, and the server gets no parser for them"
+        yield BuildError(recipe.at("verify", "serve", "tools"), what, "name target.tool_call_parser, or leave tools out")
 
 
 def _positions(recipe: Recipe, surveyed: Survey) -> Iterator[BuildError]:

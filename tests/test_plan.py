@@ -537,3 +537,15 @@ def test_a_budget_for_no_linear(workspace: Path) -> None:
     edits = (("format: awq", "format: gptq"), ("group_size: 32", "group_size: 32, mixed: {budget_bits: 5.0, bits: [4, 8]}"))
     errors = refused(workspace, *edits, skip("lm_head", "*"))
     assert any("matches every linear" in what for _, what, _ in errors)
+
+
+@pytest.mark.parametrize(
+    ("serve", "line", "said"),
+    (
+        ("{new_tokens: 250}", "verify.serve asks for 250 tokens after 32; a session holds 256", "256 together"),
+        ("{tools: true}", "asks for a tool call, and the server gets no parser", "target.tool_call_parser"),
+    ),
+)
+def test_what_no_server_could_answer_is_refused(serve: str, line: str, said: str, workspace: Path) -> None:
+    ((where, what, fix),) = refused(workspace, ("  kl: {max_nats: 9.0}", f"  kl: {{max_nats: 9.0}}\n  serve: {serve}"))
+    assert where.startswith("recipes/tiny.yaml:") and line in what and said in fix
