@@ -52,13 +52,15 @@ def serves(recipe: Recipe, surveyed: Survey, host: Host | str) -> Host | str:
         return "; ".join(lacks)
     if isinstance(host, str):
         return host
-    target, found = recipe.target, [device.name for device in host.devices]
-    if target is None:
+    target, gpu = recipe.target, target_gpu(recipe)
+    if target is None or gpu is None:
         return host
-    theirs = [name for name in found if target.gpu.lower() in gpus.close(name)]
-    if len(theirs) < target.count:
-        return f"the target is {target.count} x {target.gpu}, here {'is' if len(found) == 1 else 'are'} {', '.join(found)}"
-    return host
+    theirs = [gpus.is_device(gpu, device.name, device.memory_bytes) for device in host.devices]
+    if len(theirs) >= target.count and all(theirs[: target.count]):  # an engine takes the first ones
+        return host
+    found = ", ".join(f"{device.name} with {device.memory_bytes / footprint.GIB:.0f} GiB" for device in host.devices)
+    first = "; name the target's first in CUDA_VISIBLE_DEVICES" if sum(theirs) >= target.count else ""
+    return f"the target is {target.count} x {target.gpu}, here {'is' if len(theirs) == 1 else 'are'} {found}{first}"
 
 
 def target_gpu(recipe: Recipe) -> gpus.GPU | None:

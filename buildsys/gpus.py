@@ -106,6 +106,8 @@ SUPPORT: dict[str, dict[Engine, Support]] = {
 _SPELLED_OUT = frozenset(["nvidia", "tesla", "geforce", "pcie", "sxm", "sxm2", "sxm4", "sxm5", "hbm2", "hbm2e", "hbm3", "hbm3e"])
 """What drivers print around a device's name: NVIDIA A100-SXM4-80GB, NVIDIA H100 80GB HBM3."""
 
+SAME_MEMORY = 0.12
+"""How far a device's memory may be from the table's."""
 
 DECODE_LAYER_S = 65e-6
 FEW_BITS_LAYER_S = 215e-6
@@ -135,11 +137,26 @@ def lookup(name: str) -> GPU | None:
 def close(name: str) -> tuple[str, ...]:
     """Names that a user who wrote `name` may have meant, nvidia-smi's spelling included: the same, else those that start alike, else those
     that are spelled alike."""
-    words = [word for word in re.split("[^a-z0-9]+", name.lower()) if word and word not in _SPELLED_OUT]
+    words = _words(name)
     asked = "-".join(words)
     same = [known for known in GPUS if words and known.replace("-", "") == "".join(words)]
     starts = [known for known in GPUS if asked and (known.startswith(asked) or re.match(rf"{known}(?!\d)", asked))]
     return tuple(same or sorted(starts, key=len, reverse=True) or difflib.get_close_matches(asked, GPUS, n=3, cutoff=0.6))
+
+
+def is_device(gpu: GPU, printed: str, memory_bytes: int) -> bool:
+    """Whether what a driver prints is this GPU, and none that is only spelled like it: an H20 is no H200, an L40 no L40S.
+
+    `memory_bytes`: the device's own, which tells siblings of one name apart; ECC takes a tenth of it, or not.
+    """
+    words = _words(printed)
+    without_size = (word for word in words if not re.fullmatch(r"\d+gb", word))
+    named = gpu.name.replace("-", "") in ("".join(words), "".join(without_size))
+    return named and abs(memory_bytes / 2**30 / gpu.memory_gib - 1) < SAME_MEMORY
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split("[^a-z0-9]+", name.lower()) if word and word not in _SPELLED_OUT]
 
 
 def head_dims(sm: int, kv_policy: KvPolicy) -> tuple[int, ...]:

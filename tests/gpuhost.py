@@ -21,7 +21,7 @@ asked = next(one for one in sys.argv if one.startswith("--query-gpu=")).partitio
 used = sum(int(path.read_text()) for path in pathlib.Path({memory!r}).iterdir() if os.path.exists("/proc/" + path.name))
 known = {{"index": "0", "uuid": "GPU-0", "name": {name!r}, "driver_version": {driver!r}, "memory.total": "{total}"}}
 known["memory.used"] = str(500 + used)
-print(", ".join(known[one] for one in asked))
+print(", ".join(known.get(one, "[N/A]") for one in asked))
 """
 PYTHON = """#!/bin/sh
 if [ "$1 $2" = "-m lmdeploy" ]; then shift 2; exec "{python}" -P "{lmdeploy}" "$@"; fi

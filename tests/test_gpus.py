@@ -55,6 +55,39 @@ def test_what_nvidia_smi_prints(printed: str, meant: str) -> None:
     assert gpus.close(printed) == (meant,)
 
 
+@pytest.mark.parametrize(
+    ("printed", "mebibytes", "named"),
+    [
+        ("Tesla T4", 15360, "t4"),
+        ("Tesla V100-SXM2-16GB", 16384, "v100"),
+        ("Tesla V100-SXM2-32GB", 32768, "v100-32gb"),
+        ("NVIDIA A10", 24564, "a10"),
+        ("NVIDIA A100-SXM4-40GB", 40960, "a100-40gb"),
+        ("NVIDIA A100 80GB PCIe", 81920, "a100-80gb"),
+        ("NVIDIA GeForce RTX 4090", 24564, "rtx4090"),
+        ("NVIDIA L40S", 46068, "l40s"),
+        ("NVIDIA H100 80GB HBM3", 81559, "h100"),
+        ("NVIDIA H200", 143771, "h200"),
+        ("NVIDIA B200", 183359, "b200"),
+        ("NVIDIA H20", 143771, ""),
+        ("NVIDIA L40", 46068, ""),
+        ("NVIDIA A40", 24564, ""),
+        ("NVIDIA A10G", 23028, ""),
+        ("NVIDIA H800", 81559, ""),
+        ("NVIDIA A800-SXM4-80GB", 81920, ""),
+        ("NVIDIA H100 NVL", 95830, ""),
+        ("NVIDIA H100 80GB HBM3 in MIG slices", 81559, ""),
+        ("NVIDIA GeForce RTX 4080", 24564, ""),
+        ("NVIDIA GeForce RTX 4090 D", 24564, ""),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 16376, ""),
+        ("NVIDIA H200", 18000, ""),
+    ],
+)
+def test_a_device_is_one_of_the_table_or_none(printed: str, mebibytes: int, named: str) -> None:
+    """What is only spelled like a GPU of the table is not measured in its place."""
+    assert [name for name, gpu in gpus.GPUS.items() if gpus.is_device(gpu, printed, mebibytes << 20)] == ([named] if named else [])
+
+
 def test_nothing_is_close_to_nonsense() -> None:
     assert gpus.close("") == () and gpus.close("zzzzzz") == () and gpus.close("NVIDIA") == ()
 

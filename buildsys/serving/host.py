@@ -20,6 +20,7 @@ WANTED = "lmdeploy>=0.18,<0.19"
 LINE = (0, 18)  # of versions: the engines' settings are written for these
 WAIT_S = 60  # for a driver that wakes a GPU, or an interpreter on a slow disk
 QUERY = ("index", "uuid", "name", "driver_version", "memory.total")
+MIG = "mig.mode.current"
 _VERSION = "import importlib.metadata as metadata; print(metadata.version('lmdeploy'))"
 
 
@@ -50,7 +51,7 @@ def look() -> Host:
 
 def devices() -> tuple[Device, ...]:
     """The GPUs, in the order in which CUDA counts them. Raises BuildError where there is none."""
-    rows = [Row.read(line) for line in _smi(f"--query-gpu={','.join(QUERY)}").splitlines() if line.strip()]
+    rows = [Row.read(line) for line in _smi(f"--query-gpu={','.join((*QUERY, MIG))}").splitlines() if line.strip()]
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     chosen = _visible(rows, shown) if shown is not None else rows
     if not chosen:
@@ -82,12 +83,14 @@ class Row:
 
     @classmethod
     def read(cls, line: str) -> Row:
-        parts = line.split(", ")
+        *parts, sliced = line.split(", ") if line.count(", ") == len(QUERY) else (*line.split(", "), "")
         if len(parts) != len(QUERY) or not parts[4].isdecimal():
             raise BuildError(
                 "nvidia-smi", f"says what is not known here: {line}", "look at `nvidia-smi` on this machine; update its driver"
             )
         index, uuid, name, driver, mebibytes = parts
+        if sliced.strip() == "Enabled":  # a process gets a slice, of which nvidia-smi tells nothing here: it is not that GPU
+            name = f"{name} in MIG slices"
         return cls(index, uuid, Device(name, driver, int(mebibytes) << 20))
 
 
@@ -112,12 +115,13 @@ def _smi(query: str) -> str:
 
 
 def _visible(rows: list[Row], shown: str) -> list[Row]:
-    """Those that the variable names by index or by the beginning of a UUID; like CUDA, none after a name that is no GPU's."""
+    """Those that the variable names by index or by the beginning of a UUID; like CUDA, none after a name that is no GPU's, or that was
+    there before."""
     found: list[Row] = []
     for name in (part.strip() for part in shown.split(",")):
         uuid = len(name) > 4 and name.startswith("GPU-")
         row = next((row for row in rows if row.index == name or (uuid and row.uuid.startswith(name))), None)
-        if row is None:
+        if row is None or row in found:
             break
         found.append(row)
     return found

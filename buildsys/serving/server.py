@@ -36,6 +36,7 @@ STOP_S = 10.0  # between SIGTERM and SIGKILL
 NOTICE_S = 1.0  # a broken connection is seen before the end of the process behind it
 LAST_LINES, LAST_BYTES = 8, 1 << 16
 ENVIRONMENT = {
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as nvidia-smi counts them, and so host.py: CUDA's own order has the fastest first
     "PYTHONUNBUFFERED": "1",  # a killed engine's log ends where it did
     "PYTHONSAFEPATH": "1",  # `-m lmdeploy` would import what lies in the folder that we were called from
     "HF_HUB_OFFLINE": "1",  # an artifact is complete

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from buildsys.errors import BuildError
-from buildsys.serving import load, plain_transformers
+from buildsys.serving import load, plain_transformers, server
 from buildsys.serving.client import Client
 from buildsys.serving.host import Host, memory_each
 from buildsys.serving.server import Server, command, free_port
@@ -219,7 +219,7 @@ def in_transformers(model: Path, asked: Asked, host: Host, log: Path, folder: Pa
     before = memory_each()
     with log.open("ab") as file, Peak() as peak:
         how = [host.python, plain_transformers.__file__, str(questions), str(answers)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+        environment = {**os.environ, **server.ENVIRONMENT}
         try:
             ended = subprocess.run(how, stdout=file, stderr=file, stdin=subprocess.DEVNULL, timeout=asked.timeout_s, env=environment)
         except subprocess.TimeoutExpired:

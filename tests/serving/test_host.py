@@ -49,11 +49,16 @@ def test_gpus_and_version(smi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("shown", "found"),
-    [("0", (H200,)), ("1", (A10,)), ("1,0", (A10, H200)), ("GPU-bbbb", (A10,)), ("1,7,0", (A10,)), ("0, 1", (H200, A10))],
+    [("0", (H200,)), ("1", (A10,)), ("1,0", (A10, H200)), ("GPU-bbbb", (A10,)), ("1,7,0", (A10,)), ("0, 1", (H200, A10)), ("1,1", (A10,))],
 )
 def test_devices_are_those_that_cuda_shows(smi: Path, monkeypatch: pytest.MonkeyPatch, shown: str, found: tuple[Device, ...]) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
     assert host.devices() == found
+
+
+def test_a_gpu_in_slices_is_another_one(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(smi, 'echo "0, GPU-a, NVIDIA H200, 570, 143771, Enabled"; echo "1, GPU-b, NVIDIA H200, 570, 143771, Disabled"')
+    assert [device.name for device in host.devices()] == ["NVIDIA H200 in MIG slices", "NVIDIA H200"]
 
 
 @pytest.mark.parametrize("shown", ("", "-1", "7", "MIG-1", "GPU-"))
