@@ -14,9 +14,6 @@ from buildsys.recipe import Recipe
 from buildsys.scheme import Scheme, Schemes
 from buildsys.survey import Survey
 
-if TYPE_CHECKING:
-    pass
-
 
 def misfits(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> list[BuildError]:
     """Where the recipe and the model do not go together."""
@@ -122,8 +119,9 @@ def _serve_misfits(recipe: Recipe, surveyed: Survey) -> Iterator[BuildError]:
         return
     prompt, length = min(asked.prompt_tokens, recipe.verify.seqlen), session_len(recipe, surveyed)
     if prompt + asked.new_tokens > length:
-        what = f"verify.serve asks for {asked.new_tokens} tokens after {prompt}; a session holds {length}"
-        yield BuildError(recipe.at("verify", "serve", "new_tokens"), what, f"set new_tokens and prompt_tokens to {length} together at most")
+        what, half = f"verify.serve asks for {asked.new_tokens} tokens after prompts of {prompt}; a session holds {length}", length // 2
+        fix = f"set prompt_tokens: {half} and new_tokens: {half}, or a longer target.session_len"
+        yield BuildError(recipe.at("verify", "serve", "new_tokens"), what, fix)
     if asked.tools and (recipe.target is None or recipe.target.tool_call_parser is None):
         what = "verify.serve.tools asks for a tool call, and the server gets no parser for them"
         yield BuildError(recipe.at("verify", "serve", "tools"), what, "name target.tool_call_parser, or leave tools out")

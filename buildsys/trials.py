@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,15 +84,26 @@ def _asked(request: Request, prompts: list[list[int]], text: Tensor) -> Asked:
         return tuple(tokens[start : start + each])
 
     settings = Settings.read(request.read("artifact").path(PROFILE))
-    wanted = asked["tools"]
+    wanted, every = asked["tools"], tuple(map(tuple, prompts)) or tuple(map(cut, range(asked["prompts"])))
+    _have_room(every, asked["new_tokens"], settings.engine["session_len"], str(request.hints["where"]))
     return Asked(
-        prompts=tuple(map(tuple, prompts)) or tuple(map(cut, range(asked["prompts"]))),
+        prompts=every,
         loads={batch: tuple(map(cut, range(batch))) for batch in asked["batches"]},
         new_tokens=asked["new_tokens"],
         repeats=asked["repeats"],
         tools="tool_call_parser" in settings.server if wanted is None else wanted,
         timeout_s=float(request.hints["timeout_s"]),
     )
+
+
+def _have_room(prompts: Sequence[Sequence[int]], new_tokens: int, session_len: int, where: str) -> None:
+    """Refuses prompts that leave a session no room for their answer, before the first server starts."""
+    for at, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= session_len - new_tokens:
+            what = (
+                f"prompt {at + 1} of {len(prompts)} has {len(prompt)} tokens, and {new_tokens} are to follow in a session of {session_len}"
+            )
+            raise BuildError(where, what, "shorten the prompt, or set a smaller verify.serve.new_tokens or a longer target.session_len")
 
 
 def _cases(request: Request, work: Path) -> Iterator[Case]:
@@ -148,8 +159,9 @@ def _in_transformers(request: Request, asked: Asked, host: Host, work: Path) -> 
 
 
 def _agreement(one: dict[str, Any], asked: Asked, model: Model, request: Request, progress: Progress) -> None:
-    """Adds for each token by how many nats the dequantized model would rather have written another one; None: it has no such token."""
+    """Adds for each token by how many nats the dequantized model would rather have written another one; None: it has no such
+    token, or its arithmetic is no number."""
     from buildsys.quant.agree import gaps
 
     found = gaps(model, asked.prompts, one["texts"], request.resources, progress)
-    one["gaps"] = [[None if math.isinf(nats) else float(f"{nats:.6g}") for nats in answer.tolist()] for answer in found]
+    one["gaps"] = [[float(f"{nats:.6g}") if math.isfinite(nats) else None for nats in answer.tolist()] for answer in found]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import runs
 
+from buildsys.errors import BuildErrors
 from buildsys.plan import Plan, plan
 from buildsys.serving.host import Device, Host
 from buildsys.store import Store
@@ -32,6 +33,14 @@ def on(workspace: Path, *devices: Device) -> Plan:
 
 def key(made: Plan) -> str:
     return next(step.planned_key for step in made.steps if step.kind == "serve")
+
+
+def test_answers_have_room_in_a_session(workspace: Path) -> None:
+    """A server cuts them short: known now, and not when all servers have run."""
+    runs.edit(workspace / "recipes" / "tiny.yaml", "prompt_tokens: 16, new_tokens: 16", "prompt_tokens: 64, new_tokens: 240")
+    with pytest.raises(BuildErrors) as caught:
+        on(workspace, H200)
+    assert "asks for 240 tokens after prompts of 32; a session holds 256" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def _is_of(process: psutil.Process, host: dict[str, str]) -> bool:
 
 
 def test_every_answer_of_the_server_reaches_the_verdict(built: Path, host: dict[str, str], tmp_path: Path) -> None:
-    gates = "min_speedup: 0.001, max_vram_gib: 2.0, min_agreement: 0.9"
+    gates = "min_speedup: 0.001, max_vram_gib: 2.0, min_agreement: 0.8"
     workspace = asking(built, tmp_path, f"required: always, max_entry_counts: [0.2], {ASKED}, {gates}")
     ran = build(workspace, host).fine()
     for told in ("serve     speedup", "serve     vram_gib", "serve     agreement 1 of tokens", "serve     failures 0 answers"):

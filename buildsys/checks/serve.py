@@ -16,7 +16,7 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt, model_validator
 from buildsys.measurement import Limit, Measurement
 from buildsys.slots import Frozen
 
-VERSION = 1
+VERSION = 2
 READS = ("served",)
 LIMITS = {
     "min_speedup": Limit("speedup", "min"),
@@ -98,14 +98,14 @@ def measure(knobs: Knobs, inputs: Mapping[str, Any], context: Any) -> list[Measu
 
 
 def _agreement(ours: Mapping[str, Any]) -> Iterator[Measurement]:
-    """The share of tokens that are the arithmetic's own, an answer being one draw."""
+    """The share of tokens that are the arithmetic's own, an answer being one draw; a few that all agree say little."""
     import torch
 
-    from buildsys.quant.bootstrap import interval
+    from buildsys.quant.bootstrap import share
 
     gaps = torch.tensor([[math.inf if nats is None else nats for nats in answer] for answer in ours["gaps"]])
     own, close = (gaps == 0).float(), (gaps <= TIE_NATS).float()
-    found = interval(close).clipped(0.0, 1.0)
+    found = share(close)
     yield Measurement("agreement", found.value, "of tokens", found.low, found.high, f"{float(own.mean()):.4g} without near ties")
 
 

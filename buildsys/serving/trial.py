@@ -106,6 +106,11 @@ def _questions(case: Case, asked: Asked, client: Client, progress: Callable[[str
     began = time.monotonic()
     texts = load.at_once(lambda ids: client.generate(ids, asked.new_tokens, True), asked.prompts, at_once)
     seconds = time.monotonic() - began
+    for at, text in enumerate(texts):
+        if len(text) != asked.new_tokens:  # fewer tokens agree more easily, and take less time
+            wanted = f"was to be followed by {asked.new_tokens} tokens past any end of text"
+            what = f"prompt {at + 1} of {len(texts)} {wanted}, and was by {len(text)}"
+            raise BuildError(f"{client.url}/generate", what, "set a smaller verify.serve.new_tokens, or a longer target.session_len")
     rates = []
     for batch, prompts in asked.loads.items():
         progress(f"{case.name}: {batch} at once")

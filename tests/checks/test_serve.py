@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from buildsys.checks import serve
 from buildsys.measurement import Measurement
+from buildsys.quant.bootstrap import wilson
 
 Found = dict[str, Measurement]
 
@@ -50,9 +51,15 @@ def test_near_ties_agree_and_the_interval_is_over_answers(measured: Callable[...
     gaps = [[0.0, 0.019, 0.0, 0.021]] * 4 + [[0.0, 0.0, None, 0.0]] * 4
     found = measured(trial("artifact", {1: [1.0]}, gaps=gaps))["agreement"]
     assert found.value == pytest.approx(0.75)
-    assert found.low == found.high == found.value, "eight answers of which none differs in its share"
+    assert (found.low, found.high) == pytest.approx(wilson(0.75, 32)), "eight answers of which none differs in its share"
     uneven = measured(trial("artifact", {1: [1.0]}, gaps=[[0.0, 0.0], [0.5, 0.0], [0.0, 0.0], [0.0, 0.0]]))["agreement"]
     assert uneven.value == pytest.approx(0.875) and uneven.low < uneven.value < uneven.high <= 1.0
+
+
+def test_a_few_tokens_that_agree_are_no_certainty(measured: Callable[..., Found]) -> None:
+    found = measured(trial("artifact", {1: [1.0]}, gaps=[[0.0] * 4] * 2))["agreement"]
+    assert (found.value, found.high) == (1.0, 1.0) and found.low < 0.7, "no gate of 0.98 is passed by 8 tokens"
+    assert measured(trial("artifact", {1: [1.0]}, gaps=[[0.0] * 128] * 16))["agreement"].low > 0.998
 
 
 def test_a_failure_of_any_server_is_counted(measured: Callable[..., Found]) -> None:
