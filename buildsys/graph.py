@@ -33,8 +33,8 @@ CHAT = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json", "s
 SERVED = ("rope_scaling", "tool_call_parser")
 """Knobs of the target that change no number that planning knows."""
 
-LOADED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", PROFILE)
-"""What an engine reads of an artifact: not what is written there for people."""
+LOADED = ("*.json", "*.safetensors", "*.model", "*.model.v*", "*.tiktoken", "*.jinja", "vocab.txt", "merges.txt", PROFILE)
+"""What an engine reads of a model's folder: not what is written there for people."""
 
 CHOSEN = "schemes.json"
 """What allocate writes: the scheme of each linear."""
@@ -292,7 +292,7 @@ class Graph:
             **self._packing,
         }
         needs = (
-            Need("source", source),
+            Need("source", source, LOADED),
             Need("packed", packed),
             Need("artifact", artifact, LOADED),
             Need("tokens", tokens),
