@@ -65,7 +65,7 @@ def _processors() -> int:
 
 def _count(name: str, said: Mapping[str, str], default: int) -> int:
     text = said.get(name, str(default))
-    if not text.isdecimal() or not 1 <= int(text) <= 1024:
+    if len(text) > 4 or not text.isdecimal() or not 1 <= int(text) <= 1024:
         raise BuildError(f"{name}={text}", "is no number from 1 to 1024", f"write {name}={default}, or leave it out")
     return int(text)
 

@@ -223,9 +223,19 @@ def _planned(session: Session, name: str) -> tuple[str | None, str] | None:
 
 
 def _client(url: str) -> Client:
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+    if not _is_address(url):
         raise BuildError(f"url={url}", "is no address of a server", f"write url=http://{LOOPBACK}:{PORT}, as `doit serve` shows it")
     return Client(url, ANSWER_S)
+
+
+def _is_address(url: str) -> bool:
+    """Whether it can be asked at all: an address that is none raises deep inside of whatever asks."""
+    try:
+        parts = urlsplit(url)
+        (parts.hostname or "").encode("idna")
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # an odd bracket, port or name
+        return False
 
 
 def _greeting(name: str, url: str, model: str) -> list[str]:
@@ -247,6 +257,6 @@ def _one(names: list[str], task: str) -> str:
 
 def _port(said: Mapping[str, str], usual: int) -> int:
     text = said.get("port", str(usual))
-    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+    if len(text) > 5 or not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise BuildError(f"port={text}", "is no port: a number from 1 to 65535", f"write port={usual}, or leave it out")
     return int(text)

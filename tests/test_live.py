@@ -192,6 +192,9 @@ def test_what_is_built_may_be_older_than_its_recipe(place: Path, engine: dict[st
         (("serve", "recipe=tiny", "url=http://127.0.0.1:1"), "url=  says nothing to serve"),
         (("build", "recipe=tiny", "port=1"), "port=  says nothing to build"),
         (("chat", "recipe=tiny", "url=127.0.0.1:23333"), "is no address of a server"),
+        (("chat", "recipe=tiny", "url=http://[::1"), "is no address of a server"),
+        (("chat", "recipe=tiny", "url=http://a..b"), "is no address of a server"),
+        (("serve", "recipe=tiny", f"port={'9' * 5000}"), "is no port"),
         (("bench", "recipe=tiny", "url=http://127.0.0.1:1"), "cannot be reached: Connection refused"),
         (("-n", "2", "serve", "recipe=tiny"), "doit -n serve  runs alone"),
     ],
@@ -334,6 +337,18 @@ def test_ctrl_c_ends_a_benchmark(place: Path, engine: dict[str, str]) -> None:
         said = command.end(signal.SIGINT)
     assert command.process.returncode == 130 and gone(family) and "Traceback" not in said, said
     assert "nothing was written of this run" in said and not (place / "artifacts/tiny.bench.json").exists()
+
+
+def test_ctrl_c_ends_a_benchmark_of_a_server_that_hangs(place: Path) -> None:
+    """It is not ours to end, and nobody waits for its answers."""
+    with (
+        ApiServer("late:60", model="tiny") as server,
+        started(runs.command("bench", "recipe=tiny", f"url={server.url}"), place, {}) as command,
+    ):
+        while not server.asked:
+            time.sleep(0.01)
+        said = command.end(signal.SIGINT)
+    assert command.process.returncode == 130 and "Traceback" not in said and "nothing was written of this run" in said, said
 
 
 # web

@@ -5,9 +5,10 @@ Throughput is of answers that come in one piece: reading 10,000 streamed pieces 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from statistics import median
 from typing import TypeVar
@@ -77,9 +78,28 @@ def _first_token_s(client: Client, prompt: Sequence[int]) -> float:
 
 
 def at_once(do: Callable[[Sequence[int]], T], prompts: Sequence[Sequence[int]], batch: int) -> list[T]:
-    """Each prompt's result, in their order, `batch` of them in flight. The first error ends it; nobody waits for the rest."""
-    pool = ThreadPoolExecutor(batch)
+    """Each prompt's result, in their order, `batch` of them in flight. The first error ends it; nobody waits for the rest.
+
+    Not an executor's threads: Python waits for those before it ends, and after Ctrl-C a server that hangs would hold the command.
+    """
+    answers: list[Future[T]] = [Future() for _ in prompts]
+    left, lock = iter(list(zip(prompts, answers, strict=True))), threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                one = next(left, None)
+            if one is None:
+                return
+            try:
+                one[1].set_result(do(one[0]))
+            except BaseException as error:  # noqa: BLE001  it is raised where the answer is asked for
+                one[1].set_exception(error)
+
+    for _ in range(min(batch, len(prompts))):
+        threading.Thread(target=work, daemon=True).start()
     try:
-        return list(pool.map(do, prompts))
+        return [answer.result() for answer in answers]
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        with lock:
+            left = iter(())
