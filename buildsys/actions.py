@@ -47,6 +47,28 @@ def publish_without_building(session: Session, names: list[str], to: str | None)
         yield from session.rollback(name, to) if to is not None else session.rehearse(name)
 
 
+def plans(session: Session, names: Sequence[str], format: str | None) -> Iterator[str]:
+    """One recipe step by step, several as a table; `format` (text, table, json) says otherwise."""
+    from buildsys import fleet
+
+    if format not in (None, *fleet.FORMATS):
+        raise BuildError(f"format={format}", "is no way to show a plan", f"say one of {', '.join(fleet.FORMATS)}")
+    chosen = format or ("text" if len(names) == 1 else "table")
+    if chosen != "text":
+        yield from fleet.told(session, names, chosen)
+        return
+    session.plan(names)
+    for name in names:
+        yield from plan(session, name)
+
+
+def impact(session: Session, said: Mapping[str, str]) -> Iterator[str]:
+    """What another version of a tool, or VERSIONs that a branch moves, would touch."""
+    from buildsys import impact
+
+    yield from impact.told(session, said)
+
+
 def plan(session: Session, name: str) -> list[str]:
     """Each step: cached, or why it runs; nothing is built."""
     from buildsys.outlook import outlook

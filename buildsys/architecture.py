@@ -161,11 +161,16 @@ class Architecture:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the model with its shape."""
+        return dict(self._tensors)
+
+    @cached_property
+    def _tensors(self) -> dict[str, tuple[int, ...]]:
         found: dict[str, tuple[int, ...]] = {self.embed: (self.vocab_size, self.hidden_size), self.final_norm: (self.hidden_size,)}
         if self.lm_head is not None:
             found[self.lm_head] = (self.vocab_size, self.hidden_size)
+        block = self.block_tensors()
         for layer in range(self.layers):
-            found |= {self.prefix(layer) + name: shape for name, shape in self.block_tensors().items()}
+            found |= {self.prefix(layer) + name: shape for name, shape in block.items()}
         return found
 
 

@@ -37,16 +37,19 @@ def schema(session: Session, _: list[str], said: Said) -> Iterable[str]:
     return [actions.schema()]
 
 
+def impact(session: Session, _: list[str], said: Said) -> Iterable[str]:
+    """which recipes another version of a tool, or VERSIONs that a branch moves, would touch"""
+    return actions.impact(session, said)
+
+
 def gc(session: Session, _: list[str], said: Said) -> Iterable[str]:
     """drop from the store what no recipe needs"""
     return actions.gc(session)
 
 
 def plan(session: Session, recipes: list[str], said: Said) -> Iterator[str]:
-    """a recipe's steps, each cached or why it runs; nothing runs"""
-    session.plan(recipes)
-    for name in recipes:
-        yield from actions.plan(session, name)
+    """a recipe's steps, each cached or why it runs; several recipes as a table; nothing runs"""
+    yield from actions.plans(session, recipes, said.get("format"))
 
 
 def why(session: Session, recipes: list[str], said: Said) -> Iterator[str]:
@@ -140,7 +143,7 @@ def web(session: Session, recipes: list[str], said: Said) -> Iterable[str]:
     return live.web(session, recipes, said)
 
 
-ALL: tuple[Command, ...] = (names, check, schema, gc, verify)
+ALL: tuple[Command, ...] = (names, check, schema, gc, verify, impact)
 EACH: tuple[Command, ...] = (plan, build, why, forget, clean, publish, report, compare, serve, chat, bench, web)
 
 OPTIONS: dict[str, tuple[Command, ...]] = {
@@ -155,6 +158,9 @@ OPTIONS: dict[str, tuple[Command, ...]] = {
     "revision": (verify,),
     "port": (serve, web),
     "url": (chat, bench, web),
+    "format": (plan, impact),
+    "upgrade": (impact,),
+    "base": (impact,),
 }
 HELP = {
     "threads": "threads of a step (all processors)",
@@ -168,6 +174,9 @@ HELP = {
     "revision": "of the repository: a branch, a tag or a commit (main)",
     "port": "where to listen, on this machine alone",
     "url": "a server that runs; else one is started",
+    "format": "how to show it: text, table or json",
+    "upgrade": "a tool and its new version: torch==2.14.0",
+    "base": "a commit, branch or tag to compare with",
 }
 
 

@@ -10,7 +10,7 @@ from buildsys.relayout import Relayout, relayout
 from buildsys.scheme import Schemes
 from buildsys.serving.settings import PROFILE
 from buildsys.slots import modules
-from buildsys.survey import Survey, describe
+from buildsys.survey import Survey, implementing
 
 if TYPE_CHECKING:
     from buildsys.serving.host import Host
@@ -25,7 +25,7 @@ def engine(recipe: Recipe, surveyed: Survey) -> tuple[str, tuple[str, ...]]:
     """The engine of LMDeploy that deploy/ names, "none" where there is none; and why it is not TurboMind, its faster one."""
     written, kinds, gpu = relaid(recipe, surveyed).config, recipe.quantization.kinds, target_gpu(recipe)
     lacks = [*gpus.turbomind_lacks(recipe.format.name, kinds, recipe.kv_cache.policy, surveyed.architecture.head_dim, gpu)]
-    if not describe(written, recipe.at("format"))[1].TURBOMIND:
+    if not implementing(written, recipe.at("format")).TURBOMIND:
         lacks.insert(0, f"TurboMind does not implement {written['architectures'][0]}")
     if not lacks:
         return "turbomind", ()

@@ -42,6 +42,12 @@ def _shown(stat: os.stat_result) -> str:
     return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_dev} {stat.st_ino}"
 
 
+def _racy(shown: str, read_ns: int) -> bool:
+    """Whether a file of these times, read then, may have changed afterwards without showing it."""
+    _, mtime_ns, ctime_ns, *_ = shown.split()
+    return max(int(mtime_ns), int(ctime_ns)) >= read_ns - RACY_NS
+
+
 class Digests:
     """The index, a sqlite file that may be deleted or damaged at any time: it is a memory of digests, never their source."""
 
@@ -62,7 +68,8 @@ class Digests:
             return known
         read_ns = time.time_ns()
         found = sha256(real)
-        self._remember(str(real), shown, read_ns, found)
+        if not _racy(shown, read_ns):  # else it would never be believed: no transaction for that
+            self._remember(str(real), shown, read_ns, found)
         return found
 
     def _recall(self, path: str, shown: str) -> str | None:
@@ -70,9 +77,7 @@ class Digests:
         if not rows:
             return None
         found, read_ns = rows[0]
-        _, mtime_ns, ctime_ns, *_ = shown.split()
-        racy = max(int(mtime_ns), int(ctime_ns)) >= int(read_ns) - RACY_NS
-        return None if racy else str(found)
+        return None if _racy(shown, int(read_ns)) else str(found)
 
     def _remember(self, path: str, shown: str, read_ns: int, found: str) -> None:
         self._ask("INSERT OR REPLACE INTO digest VALUES (?, ?, ?, ?)", (path, shown, read_ns, found))

@@ -24,11 +24,12 @@ from buildsys.history import History, Ingredients
 from buildsys.measurement import Verdict
 from buildsys.publishers import Progress, Receipt, Release
 from buildsys.slots import modules
-from buildsys.step import Step, digest
+from buildsys.step import Step, digest, walk
 from buildsys.store import Artifact, Store
 from buildsys.worker import STEPS, Device, Job, Workers, perform
 
 if TYPE_CHECKING:
+    from buildsys.finder import Finder
     from buildsys.plan import Plan
     from buildsys.recipe import Recipe
     from buildsys.release.facts import Facts
@@ -113,26 +114,33 @@ class Session:
 
     def plan(self, names: Iterable[str]) -> None:
         """Plans every recipe before any step runs, so that a mistake in the last one costs seconds."""
+        errors = [error for refused in self.attempt(names).values() for error in refused]
+        if errors:
+            raise errors[0] if len(errors) == 1 else BuildErrors(errors)
+
+    def attempt(self, names: Iterable[str]) -> dict[str, tuple[BuildError, ...]]:
+        """Plans what can be planned; why the others cannot be, by name."""
         from buildsys.deployment import needs_engine
         from buildsys.plan import plan
 
-        errors: list[BuildError] = []
-        for name in names:
+        refused: dict[str, tuple[BuildError, ...]] = {}
+        for name in (name for name in names if name not in self.plans):
             try:
                 recipe, settings = self.workspace.load(name), self.settings
                 beside = {"host": self._host} if needs_engine(recipe) else {}
-                self.plans.setdefault(name, plan(recipe, self.store, settings.threads, device=settings.device, **beside))
+                made = plan(recipe, self.store, settings.threads, device=settings.device, finder=self.finder, **beside)
             except BuildErrors as several:
-                errors += several.errors
+                refused[name] = several.errors
             except BuildError as error:
-                errors.append(error)
-        if errors:
-            raise errors[0] if len(errors) == 1 else BuildErrors(errors)
+                refused[name] = (error,)
+            else:
+                self.plans[name] = made
+        return refused
 
     def steps(self, name: str) -> tuple[Step, ...]:
         """What a build of the recipe runs, needs first: everything but publishing."""
         plan = self.plans[name]
-        return _walk(plan.artifact, *(step for _, step in plan.measures))
+        return walk(plan.artifact, *(step for _, step in plan.measures))
 
     def look(self) -> None:
         """Finds what is there, and warms up a child process where one will be needed."""
@@ -330,6 +338,13 @@ class Session:
         self.console.close()
 
     @cached_property
+    def finder(self) -> Finder:
+        """What the recipes of this run share: looked at once, and never again before it ends."""
+        from buildsys.finder import Finder
+
+        return Finder(self.store)
+
+    @cached_property
     def _host(self) -> Host | str:
         """What can run an engine here, or why nothing can."""
         from buildsys.serving.host import look
@@ -429,10 +444,6 @@ class Session:
             fix = f"{less}, or set a limit that you can live with; the measurements are kept, and {left}"
             errors.append(BuildError(verdict.where, f"{plan.name} fails check {verdict.check}: {verdict.text}", fix))
         return errors[0] if len(errors) == 1 else BuildErrors(errors)
-
-
-def _walk(*ends: Step) -> tuple[Step, ...]:
-    return tuple({step.planned_key: step for end in ends for step in end.walk()}.values())
 
 
 def _whence(step: Step) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from buildsys.architecture import Architecture, Linear, Site
-from buildsys.footprint import GIB, weights
+from buildsys.footprint import GIB, TensorBytes, weights
 from buildsys.gpus import GPU
 from buildsys.scheme import Schemes
 
@@ -97,14 +97,16 @@ def building(
     verify_streams: int = 2,
     gptq: bool = True,
     sampled: Sequence[tuple[int, int]] = (),
+    held: Sequence[TensorBytes] | None = None,
 ) -> Building:
     """One clean build with `samples` x `seqlen` tokens of calibration; a step's seconds are its floating point work and its bytes.
 
     `verify_streams`: forwards of the verify text, held side by side: the source's, the artifact's, and one for each KV policy. `sampled`:
-    (windows, tokens) of each text that the model writes itself, token by token.
+    (windows, tokens) of each text that the model writes itself, token by token. `held`: footprint.weights of the same, from who knows them.
     """
     tokens, scored = samples * seqlen, verify_windows * verify_seqlen
-    held, outside = weights(architecture, schemes), (architecture.embed, architecture.final_norm, architecture.lm_head)
+    held = weights(architecture, schemes) if held is None else held
+    outside = (architecture.embed, architecture.final_norm, architecture.lm_head)
     source_bytes = 2 * sum(prod(each.shape) for each in held)
     packed_bytes = sum(each.disk_bytes for each in held)
     blocks_bytes = sum(each.disk_bytes for each in held if each.name not in outside)

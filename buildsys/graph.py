@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from buildsys import footprint, gpus
 from buildsys.deployment import engine, engine_check, source_engine
 from buildsys.errors import BuildError
+from buildsys.finder import Finder
 from buildsys.linears import Linears
 from buildsys.located import Located
 from buildsys.measurement import scores_file
@@ -18,7 +20,6 @@ from buildsys.recipe import Recipe
 from buildsys.serving.settings import PROFILE
 from buildsys.slots import Choice, modules
 from buildsys.step import Need, Step
-from buildsys.store import Store
 from buildsys.survey import Survey
 
 if TYPE_CHECKING:
@@ -49,15 +50,6 @@ VERSIONS = MappingProxyType(
 """Of the steps' own glue in steps.py; arithmetic, methods, formats and checks have VERSIONs of their own, which are in the keys too."""
 
 
-def located(recipe: Recipe, where: tuple[str, ...], chosen: Choice, store: Store) -> Located:
-    """The files of the recipe's choice at `where`; what is wrong with them is told at the recipe's own line."""
-    try:
-        found: Located = chosen.module.locate(chosen.knobs, recipe.folder(*where), store.home / "hub")
-    except BuildError as error:
-        raise BuildError(recipe.at(*where, chosen.name), f"{error.where}: {error.what}", error.fix) from None
-    return found
-
-
 def scored_policies(recipe: Recipe) -> tuple[gpus.KvPolicy, ...]:
     """KV policies that are scored beside none: those that the kv check names, and the recipe's own."""
     own, named = recipe.kv_cache.policy, recipe.verify.checks.get("kv")
@@ -76,14 +68,14 @@ class Graph:
     recipe: Recipe
     surveyed: Survey
     layers: Linears
-    store: Store
+    finder: Finder
     located: Located  # the source's files
     allocated: Step | None = None  # chooses each linear's bits, where the recipe leaves that open
 
     def _step(self, kind: str, title: str, knobs: Mapping[str, Any], *needs: Need, **more: Any) -> Step:
         return Step(kind, title, VERSIONS[kind], knobs, needs, **{"heavy": True, **more})
 
-    @property
+    @cached_property
     def _packing(self) -> dict[str, Any]:
         """How the packed weights are to be read."""
         chosen = self.recipe.format
@@ -99,7 +91,7 @@ class Graph:
 
     def fetch(self, what: str, slot: str, name: str, found: Located) -> Step:
         """Its key holds what the files are, never where they come from: a model on a hub and its copy on a disk are one step."""
-        files = {file: found.sha256.get(file) or self.store.sha256(found.files[file]) for file in found.names}
+        files = self.finder.digests(found)
         if found.how:
             hints: dict[str, Any] = {"how": dict(found.how), "slot": slot, "module": name}
         else:
@@ -126,7 +118,7 @@ class Graph:
             needs = [Need("source", source, WEIGHTS)]
         else:
             knobs |= {"vocab_size": self.surveyed.architecture.vocab_size}
-            found = located(self.recipe, (section, key), dataset, self.store)
+            found = self.finder.located(self.recipe, (section, key), dataset)
             text = self.fetch(f"{section} text", "datasets", dataset.name, found)
             if module.READS == "chat":
                 fix = "use text_files for a base model, or the chat model of its family as the source"

@@ -17,7 +17,7 @@ from buildsys.step import Step
 from buildsys.store import Store
 from buildsys.workspace import Workspace
 
-TASKS = ("bench", "build", "chat", "check", "compare", "gc", "plan", "publish", "report", "serve", "test", "verify", "web", "why")
+TASKS = ("bench", "build", "chat", "check", "compare", "gc", "impact", "plan", "publish", "report", "serve", "test", "verify", "web", "why")
 COMMANDS = frozenset({"run", "list", "info", "clean", "forget", "help", "ignore", "dumpdb", "strace", "tabcompletion", "resetdep"})
 VARIABLES = {
     "recipe": ("bench", "build", "chat", "forget", "plan", "publish", "report", "serve", "web", "why"),
@@ -33,6 +33,9 @@ VARIABLES = {
     "revision": ("verify",),
     "port": ("serve", "web"),
     "url": ("bench", "chat", "web"),
+    "format": ("plan", "impact"),
+    "upgrade": ("impact",),
+    "base": ("impact",),
 }
 """What may be said on the line, and to which tasks."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from buildsys import footprint, gpus, remedies
@@ -15,8 +16,10 @@ from buildsys.scheme import Scheme, Schemes
 from buildsys.survey import Survey
 
 
-def misfits(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> list[BuildError]:
-    """Where the recipe and the model do not go together."""
+def misfits(
+    recipe: Recipe, surveyed: Survey, schemes: Schemes, served_as: Callable[[], footprint.Serving | None] | None = None
+) -> list[BuildError]:
+    """Where the recipe and the model do not go together. `served_as`: deployment.serving of the same, from who knows it already."""
     a = surveyed.architecture
     errors: list[BuildError] = []
     try:
@@ -25,7 +28,8 @@ def misfits(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> list[BuildErr
         return [error]
     default, mixed = recipe.quantization.scheme, recipe.quantization.mixed
     seen, kinds = set(), dict[Scheme, None]()
-    for linear, layer in ((linear, layer) for linear in made.architecture.linears for layer in range(a.layers)):
+    layers = range(a.layers if schemes.own or schemes.left_float else 1)  # where no name is told apart, one block is all
+    for linear, layer in ((linear, layer) for linear in made.architecture.linears for layer in layers):
         name = a.prefix(layer) + made.parts[linear.name].name  # as the recipe calls it
         scheme = schemes.of(name)
         if scheme is None:
@@ -50,7 +54,8 @@ def misfits(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> list[BuildErr
         if asked.seqlen > a.max_positions:
             what = f"{section}.seqlen is {asked.seqlen}; the model has {a.max_positions} positions"
             errors.append(BuildError(recipe.at(section, "seqlen"), what, f"set {section}.seqlen: {a.max_positions}"))
-    return [*errors, *_target_misfits(recipe, surveyed, schemes), *_serve_misfits(recipe, surveyed)]
+    served_as = served_as or partial(serving, recipe, surveyed, schemes)
+    return [*errors, *_target_misfits(recipe, surveyed, schemes, served_as), *_serve_misfits(recipe, surveyed)]
 
 
 def _unfit(recipe: Recipe, name: str, linear: Linear, scheme: Scheme) -> Iterator[BuildError]:
@@ -72,7 +77,9 @@ def backend_misfits(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> Itera
         yield BuildError(recipe.at("quantization", key), what, fix)
 
 
-def _target_misfits(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> list[BuildError]:
+def _target_misfits(
+    recipe: Recipe, surveyed: Survey, schemes: Schemes, served_as: Callable[[], footprint.Serving | None]
+) -> list[BuildError]:
     target, gpu = recipe.target, target_gpu(recipe)
     if target is None or gpu is None:
         return []
@@ -88,7 +95,7 @@ def _target_misfits(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> list[
     if reason is not None:
         errors.append(BuildError(recipe.at("target", "count"), f"target.count: {reason}", "set count to 1, 2, 4 or 8"))
         return errors
-    filled = serving(recipe, surveyed, schemes)
+    filled = served_as()
     if filled is not None and not filled.fits:
         errors.append(_too_small(recipe, surveyed, schemes, filled))
     return errors

@@ -8,20 +8,24 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from buildsys import effort, footprint, gpus
-from buildsys.deployment import engine, engine_check, serves, serving, target_gpu
+from buildsys.deployment import engine, engine_check, serves, target_gpu
 from buildsys.errors import BuildErrors
-from buildsys.graph import Graph, located, scored_policies
-from buildsys.linears import Linears, linears
+from buildsys.finder import Finder
+from buildsys.graph import Graph, scored_policies
+from buildsys.linears import Linears
 from buildsys.located import Located
 from buildsys.misfits import backend_misfits, misfits, ungated, unmeasured
 from buildsys.recipe import Recipe
 from buildsys.scheme import Schemes
-from buildsys.step import Step
+from buildsys.step import Step, walk
 from buildsys.store import Store
-from buildsys.survey import Survey, survey
+from buildsys.survey import Survey
 
 if TYPE_CHECKING:
     from buildsys.serving.host import Host
+
+
+NOBODY_LOOKED = "nobody looked for a GPU"
 
 
 @dataclass(frozen=True)
@@ -51,18 +55,22 @@ def plan(
     recipe: Recipe,
     store: Store,
     threads: int = 2,
-    host: Host | str = "nobody looked for a GPU",
+    host: Host | str = NOBODY_LOOKED,
     device: Literal["auto", "cpu", "cuda"] = "cpu",
+    finder: Finder | None = None,
 ) -> Plan:
     """The graph of `recipe`; `threads` and `device` tell only how long it takes, `host` what can run an engine here, or why nothing can.
-    Raises BuildErrors with every misfit of the recipe and its model."""
-    source = located(recipe, ("source",), recipe.source, store)
-    surveyed = survey(source.files, source.sizes)
-    layers, errors = linears(recipe, surveyed)
-    errors += [*misfits(recipe, surveyed, layers.schemes), *backend_misfits(recipe, surveyed, layers.schemes)]
+    Whoever plans several recipes in one command hands the same `finder` to each. Raises BuildErrors with every misfit of the recipe and its
+    model."""
+    finder = Finder(store) if finder is None else finder
+    source = finder.located(recipe, ("source",), recipe.source)
+    surveyed = finder.survey(source)
+    layers, errors = finder.linears(recipe, surveyed)
+    served_as = partial(finder.serving, recipe, surveyed, layers.schemes)
+    errors += [*misfits(recipe, surveyed, layers.schemes, served_as), *backend_misfits(recipe, surveyed, layers.schemes)]
     if errors:
         raise BuildErrors(errors)
-    graph = Graph(recipe, surveyed, layers, store, source)
+    graph = Graph(recipe, surveyed, layers, finder, source)
     fetched = graph.fetch("source", "sources", recipe.source.name, source)
     calibration = graph.tokens("calibration", fetched)
     text = graph.tokens("verify", fetched)
@@ -77,20 +85,18 @@ def plan(
     skipped = {name: host for name in recipe.verify.checks if isinstance(host, str) and engine_check(name)}
     served = None if isinstance(host, str) else partial(graph.serve, fetched, packed, artifact, text, host)
     measures = tuple(graph.measures(fetched, quantized, packed, text, served))
-    last = (artifact, *(step for _, step in measures))
-    steps = {step.planned_key: step for end in last for step in end.walk()}
     return Plan(
         recipe=recipe,
         survey=surveyed,
         layers=layers,
-        steps=tuple(steps.values()),
+        steps=walk(artifact, *(step for _, step in measures)),
         artifact=artifact,
         quantized=quantized,
         measures=measures,
         generated=graph.generate(fetched, packed, source.names),
         source=source,
-        building=_building(recipe, surveyed, layers.schemes, threads, device),
-        serving=serving(recipe, surveyed, layers.schemes),
+        building=builds(recipe, surveyed, layers.schemes, _speed(recipe, threads, device), finder),
+        serving=served_as(),
         notes=(
             *engine(recipe, surveyed)[1],
             *ungated(recipe),
@@ -108,24 +114,27 @@ def _builder(recipe: Recipe, device: str) -> gpus.GPU | None:
     return gpus.here() or (target_gpu(recipe) if device == "cuda" else None)
 
 
-def _building(recipe: Recipe, surveyed: Survey, schemes: Schemes, threads: int, device: str) -> effort.Building:
+def _speed(recipe: Recipe, threads: int, device: str) -> effort.Speed:
     gpu = _builder(recipe, device)
-    building = effort.building(
-        surveyed.architecture,
-        schemes,
-        effort.cpu_speed(threads) if gpu is None else effort.cuda_speed(gpu),
-        samples=recipe.calibration.samples,
-        seqlen=recipe.calibration.seqlen,
-        verify_windows=recipe.verify.samples,
-        verify_seqlen=recipe.verify.seqlen,
-        verify_streams=2 + len(scored_policies(recipe)),
-        gptq=bool(recipe.quantization.method[-1].module.SEES_TOKENS),
-        sampled=[
+    return effort.cpu_speed(threads) if gpu is None else effort.cuda_speed(gpu)
+
+
+def builds(recipe: Recipe, surveyed: Survey, schemes: Schemes, speed: effort.Speed, finder: Finder) -> effort.Building:
+    """What a clean build of the recipe takes on a machine of that speed."""
+    asked = {
+        "samples": recipe.calibration.samples,
+        "seqlen": recipe.calibration.seqlen,
+        "verify_windows": recipe.verify.samples,
+        "verify_seqlen": recipe.verify.seqlen,
+        "verify_streams": 2 + len(scored_policies(recipe)),
+        "gptq": bool(recipe.quantization.method[-1].module.SEES_TOKENS),
+        "sampled": tuple(
             (asked.samples, asked.seqlen)
             for asked, dataset in ((recipe.calibration, recipe.calibration.dataset), (recipe.verify, recipe.verify.text))
             if dataset.module.READS == "model"
-        ],
-    )
+        ),
+    }
+    building = finder.building(surveyed, schemes, speed, **asked)
     if not recipe.quantization.backend.module.TOOL:
         return building
     ours = ("calibrate", "quantize")  # a tool's own seconds are not known

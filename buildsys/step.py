@@ -81,17 +81,27 @@ class Step:
 
     def walk(self) -> Iterator[Step]:
         """This step and all before it, each once, needs first."""
-        seen: dict[str, None] = {}
+        yield from walk(self)
 
-        def visit(step: Step) -> Iterator[Step]:
-            if step.planned_key in seen:
-                return
-            seen[step.planned_key] = None
-            for before in (*(need.step for need in step.needs), *step.after):
-                yield from visit(before)
-            yield step
 
-        yield from visit(self)
+def walk(*ends: Step) -> tuple[Step, ...]:
+    """These steps and all before them, each once, needs first."""
+    seen: set[str] = set()
+    found: list[Step] = []
+
+    def visit(step: Step) -> None:
+        if step.planned_key in seen:
+            return
+        seen.add(step.planned_key)
+        for need in step.needs:
+            visit(need.step)
+        for before in step.after:
+            visit(before)
+        found.append(step)
+
+    for end in ends:
+        visit(end)
+    return tuple(found)
 
 
 @dataclass(frozen=True)

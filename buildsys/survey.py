@@ -51,6 +51,12 @@ def read_config(path: Path, where: str) -> dict[str, Any]:
 
 def describe(config: Mapping[str, Any], where: str) -> tuple[Architecture, ModuleType]:
     """The architecture that config.json names and its module in archs/; refuses what is not implemented there."""
+    module = implementing(config, where)
+    return module.describe(config, where), module
+
+
+def implementing(config: Mapping[str, Any], where: str) -> ModuleType:
+    """The module in archs/ for the architecture that config.json names."""
     known = {module.HANDLES: module for module in modules("archs").values()}
     named = config.get("architectures")
     name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
@@ -64,7 +70,7 @@ def describe(config: Mapping[str, Any], where: str) -> tuple[Architecture, Modul
         said = config["quantization_config"]
         method = said.get("quant_method", "an unknown method") if isinstance(said, dict) else said
         raise BuildError(where, f"the model is quantized already ({method})", "name the float model that it was made from as the source")
-    return known[name].describe(config, where), known[name]
+    return known[name]
 
 
 def survey(files: Mapping[str, Path], sizes: Mapping[str, int] = MappingProxyType({})) -> Survey:

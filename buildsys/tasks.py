@@ -31,6 +31,7 @@ __all__ = [
     "task_check",
     "task_compare",
     "task_gc",
+    "task_impact",
     "task_plan",
     "task_publish",
     "task_report",
@@ -163,8 +164,13 @@ def _web_tasks() -> Iterator[Task]:
 
 
 def _plan_tasks() -> Iterator[Task]:
-    """recipe=NAME: its steps, each cached or why it runs; nothing runs"""
-    yield _plain("plan", (_act, [_each, "plan", actions.plan]), doc=_plan_tasks.__doc__)
+    """recipe=NAME[,NAME] [format=text|table|json]: steps, each cached or why it runs; several recipes as a table; nothing runs"""
+    yield _plain("plan", (_act, [_plan]), doc=_plan_tasks.__doc__)
+
+
+def _impact_tasks() -> Iterator[Task]:
+    """upgrade=TOOL==VERSION or base=REF: which recipes that touches, and what verifying or building them again takes"""
+    yield _plain("impact", (_act, [_impact]), doc=_impact_tasks.__doc__)
 
 
 def _why_tasks() -> Iterator[Task]:
@@ -201,6 +207,10 @@ def task_publish() -> Iterator[Task]:
 
 def task_plan() -> Iterator[Task]:
     return _creator(_plan_tasks)()
+
+
+def task_impact() -> Iterator[Task]:
+    return _creator(_impact_tasks)()
 
 
 def task_why() -> Iterator[Task]:
@@ -312,6 +322,14 @@ def _verify(run: Run) -> Iterable[str]:
 def _which(run: Run, task: str) -> Iterable[str]:
     run.asked(task)
     return []
+
+
+def _plan(run: Run) -> Iterable[str]:
+    return actions.plans(run.session, run.asked("plan"), run.line.said.get("format"))
+
+
+def _impact(run: Run) -> Iterable[str]:
+    return actions.impact(run.session, run.line.said)
 
 
 def _each(run: Run, task: str, show: Callable[[Session, str], list[str]]) -> Iterator[str]:

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "buildsys"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "console", "measurement", "scheme", "gpus", "slots", "step"),
-    ("architecture", "digests", "disk", "document", "deploy", "located", "longrope", "relayout"),
+    ("architecture", "digests", "disk", "versions", "document", "deploy", "located", "longrope", "relayout"),
     ("store", "overlay", "footprint", "effort", "remedies"),
     ("io", "complaints"),
     ("hubs", "serving"),
@@ -29,12 +29,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     SLOTS,
     ("recipe", "survey"),
     ("linears", "deployment", "misfits"),
-    ("workspace", "graph", "plan"),
+    ("workspace", "finder", "graph", "plan"),
     ("recipe_schema", "history", "outlook", "verdict", "trials", "steps", "worker"),
     ("release",),
     ("report",),
     ("driver",),
-    ("actions", "pages", "live", "invocation"),
+    ("fleet", "impact", "actions", "pages", "live", "invocation"),
     ("reporter",),
     ("tasks", "cli"),
     ("commands", "__main__"),

@@ -1,0 +1,99 @@
+"""What several recipes share, found once: a model's files, their digests, its survey, what is quantized of it and what that weighs.
+
+A finder lives as long as one command. Files are looked at once in that time, as a workspace reads each recipe once; the next command looks
+again. A thousand recipes of five models so cost five models, and one hub that cannot be reached is asked once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
+
+from buildsys import deployment, effort, footprint
+from buildsys.errors import BuildError
+from buildsys.linears import Linears, linears
+from buildsys.located import Located
+from buildsys.recipe import Recipe
+from buildsys.scheme import Schemes
+from buildsys.slots import Choice
+from buildsys.store import Store
+from buildsys.survey import Survey, survey
+
+Answer = TypeVar("Answer")
+
+
+class Finder:
+    """Answers questions about files and models, each once. Objects that it answered with are kept, so that their identity is a key."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._answers: dict[Hashable, Any] = {}
+        self._refusals: dict[Hashable, BuildError] = {}
+
+    def once(self, key: Hashable, find: Callable[[], Answer]) -> Answer:
+        """`find()`, or what it answered, or refused, when `key` was asked before."""
+        if key in self._refusals:
+            raise self._refusals[key]
+        if key not in self._answers:
+            try:
+                self._answers[key] = find()
+            except BuildError as error:
+                self._refusals[key] = error
+                raise
+        answer: Answer = self._answers[key]
+        return answer
+
+    def located(self, recipe: Recipe, where: tuple[str, ...], chosen: Choice) -> Located:
+        """The files of the recipe's choice at `where`; what is wrong with them is told at the recipe's own line."""
+        folder, home = recipe.folder(*where), self.store.home / "hub"
+        key = ("located", chosen.slot, chosen.name, chosen.knobs.model_dump_json(), folder)
+        try:
+            found: Located = self.once(key, lambda: chosen.module.locate(chosen.knobs, folder, home))
+        except BuildError as error:
+            raise BuildError(recipe.at(*where, chosen.name), f"{error.where}: {error.what}", error.fix) from None
+        return found
+
+    def digests(self, found: Located) -> Mapping[str, str]:
+        """sha256 of each file, as far as it is not known from a hub read here. `found` is of `located`."""
+        return self.once(
+            ("digests", id(found)), lambda: {name: found.sha256.get(name) or self.store.sha256(found.files[name]) for name in found.names}
+        )
+
+    def survey(self, found: Located) -> Survey:
+        """What the model is. `found` is of `located`."""
+        return self.once(("survey", id(found)), lambda: survey(found.files, found.sizes))
+
+    def linears(self, recipe: Recipe, surveyed: Survey) -> tuple[Linears, list[BuildError]]:
+        """As linears.linears; mistakes have the recipe's own lines, so they are looked for in each. `surveyed` is of `survey`."""
+        asked = recipe.quantization.model_dump_json(exclude={"method", "backend"})
+        key = ("linears", id(surveyed), asked)
+        if key in self._answers:
+            known: Linears = self._answers[key]
+            return known, []
+        made, errors = linears(recipe, surveyed)
+        if not errors:
+            self._answers[key] = made
+        return made, errors
+
+    def serving(self, recipe: Recipe, surveyed: Survey, schemes: Schemes) -> footprint.Serving | None:
+        """As deployment.serving."""
+        said = deployment.on_target(recipe, surveyed)
+        if said is None:
+            return None
+        key = ("held", id(self._kept(surveyed.architecture)), id(self._kept(schemes)), said.count)
+        here = self.once(key, lambda: footprint.held(surveyed.architecture, schemes, said.count))
+        return footprint.filled(surveyed.architecture, schemes, here, said)
+
+    def building(self, surveyed: Survey, schemes: Schemes, speed: effort.Speed, **asked: Any) -> effort.Building:
+        """As effort.building; all of `asked` can be hashed."""
+        architecture = surveyed.architecture
+        both = id(self._kept(architecture)), id(self._kept(schemes))
+        held = self.once(("weights", *both), lambda: footprint.weights(architecture, schemes))
+        return self.once(
+            ("building", *both, speed, *asked.items()), lambda: effort.building(architecture, schemes, speed, held=held, **asked)
+        )
+
+    def _kept(self, thing: Answer) -> Answer:
+        """Kept alive, so that no other object gets its id."""
+        self._answers[("kept", id(thing))] = thing
+        return thing
