@@ -245,7 +245,8 @@ def reason(row: Refused) -> str:
 
 
 def _sum(total: Total) -> str:
-    said = f"{total.recipes} recipe{'s' if total.recipes != 1 else ''}, {total.steps} different steps: {total.cached} cached, {total.run} to run"
+    count = f"{total.recipes} recipe{'s' if total.recipes != 1 else ''}"
+    said = f"{count}, {total.steps} different steps: {total.cached} cached, {total.run} to run"
     said += f", about {show.seconds(total.seconds)}" if total.run else ""
     alone = f" ({show.seconds(total.seconds_apart)} if each were built alone)" if total.run else ""
     refused = f"; {total.refused} cannot be planned" if total.refused else ""

@@ -270,7 +270,7 @@ def _told(cost: Cost) -> str:
 
 def document(impact: Impact) -> str:
     """JSON for machines: docs/fleet.md says what its keys mean."""
-    recipes = [{"touched": True, **asdict(row)} for row in impact.rows]
+    recipes = [asdict(row) for row in impact.rows]
     refused = [fleet.told_refused(row) for row in impact.refused]
     total = {"recipes": impact.recipes, "touched": len(impact.rows), "least": asdict(impact.least), "most": asdict(impact.most)}
     said = {"format": JSON_FORMAT, **impact.asked, "least": impact.heads[0], "most": impact.heads[1]}
