@@ -1,8 +1,9 @@
-"""A fleet of recipes: what `doit check`, `doit list` and a build with nothing to do cost, in a workspace made for the purpose.
+"""A fleet of recipes: what checking, listing and planning all of them cost, and a build with nothing to do, in a workspace made for it.
 
 Run: python benchmarks/fleet.py [--recipes 1000] [--repeat 5] [--keep]
 Prints the median and the least seconds of each, and their ratio to the limit. Claims, with 1,000 recipes: check at most 1.5 s, list at
-most 1 s, a no-op build of one recipe at most 0.5 s over importing doit. Exit 1 where one does not hold.
+most 1 s, plan in one process with its imports at most 3 s, `doit plan recipe='*'` at most 5 s as a table and as JSON, `doit impact` at most
+5 s, a no-op build of one recipe at most 0.5 s over importing doit. Exit 1 where one does not hold.
 """
 
 from __future__ import annotations
@@ -44,6 +45,15 @@ verify:
 publish: {{directory: {{path: ../../published/{name}}}}}
 """
 POLICIES = ("none", "int8", "int4")
+PLANS = """\
+from pathlib import Path
+from buildsys.finder import Finder
+from buildsys.plan import plan
+from buildsys.store import Store
+from buildsys.workspace import Workspace
+recipes, finder = Workspace(Path.cwd()), Finder(Store())
+assert len([plan(recipes.load(name), finder.store, finder=finder) for name in recipes.names()]) == int(__import__("sys").argv[1])
+"""
 
 
 def workspace(root: Path, recipes: int) -> str:
@@ -101,10 +111,18 @@ def main() -> int:
             report("doit check", timed([*doit, "check"], root, arguments.repeat), 1.5),
             report("doit list", timed([*doit, "list"], root, arguments.repeat), 1.0),
         ]
+        every = "recipe=*"
+        shapes = {"": [], ", as JSON": ["format=json"]}
+        plans = timed([sys.executable, "-c", PLANS, str(arguments.recipes)], root, arguments.repeat)
+        holds.append(report("plan all, in Python", plans, 3.0))
+        for said, more in shapes.items():
+            holds.append(report(f"doit plan recipe='*'{said}", timed([*doit, "plan", every, *more], root, arguments.repeat), 5.0))
         first = timed([*doit, "build", f"recipe={recipe}"], root, 1)
         print(f"{'doit build, the first time':44}        {first[0]:6.3f} s")
         again = timed([*doit, "build", f"recipe={recipe}"], root, arguments.repeat)
         holds.append(report("doit build again, over importing doit", again, 0.5, over=importing))
+        holds.append(report("doit plan recipe='*', one built", timed([*doit, "plan", every], root, arguments.repeat), 5.0))
+        holds.append(report("doit impact upgrade=torch==99", timed([*doit, "impact", "upgrade=torch==99"], root, arguments.repeat), 5.0))
         return 0 if all(holds) else 1
     finally:
         if arguments.keep:

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -194,6 +195,17 @@ def test_racily_clean_file_is_read_again(tmp_path: Path) -> None:
     path.write_text("two")
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert index.sha256(path) != first
+
+
+def test_what_would_not_be_believed_is_not_written(tmp_path: Path) -> None:
+    """A transaction for each fresh file made planning slow."""
+    path, at = tmp_path / "file", tmp_path / "stat.sqlite"
+    path.write_text("one")
+    digests.Digests(at).sha256(path)
+    assert sqlite3.connect(at).execute("SELECT count(*) FROM digest").fetchone() == (0,)
+    settle(path)
+    digests.Digests(at).sha256(path)
+    assert sqlite3.connect(at).execute("SELECT count(*) FROM digest").fetchone() == (1,)
 
 
 def test_time_set_back_hides_nothing(tmp_path: Path) -> None:
