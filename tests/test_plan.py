@@ -542,7 +542,7 @@ def test_a_budget_for_no_linear(workspace: Path) -> None:
 @pytest.mark.parametrize(
     ("serve", "line", "said"),
     (
-        ("{new_tokens: 250}", "verify.serve asks for 250 tokens after prompts of 32; a session holds 256", "set prompt_tokens: 128 and new_tokens: 128"),
+        ("{new_tokens: 250}", "asks for 250 tokens after prompts of 32; a session holds 256", "set prompt_tokens: 128 and new_tokens: 128"),
         ("{tools: true}", "asks for a tool call, and the server gets no parser", "target.tool_call_parser"),
     ),
 )

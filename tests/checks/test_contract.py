@@ -74,7 +74,7 @@ def packed(made: Any, folder: Path, harm: float) -> Inputs:
 
 def served(made: Any, folder: Path, harm: float) -> Inputs:
     """Two servers; harmed: ours writes other tokens than the model would."""
-    gaps = [[0.0, 0.01, 1.0 if harm else 0.0]] * 8
+    gaps = [[0.0, 0.01, 1.0 if harm else 0.0]] * 64
     ours, theirs = (
         {
             "name": name,
