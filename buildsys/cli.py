@@ -115,6 +115,13 @@ def verify(session: Session, _: list[str], said: Said) -> Iterable[str]:
     return actions.verify(session, said)
 
 
+def reproduce(session: Session, recipes: list[str], said: Said) -> Iterable[str]:
+    """build anew in a clean store, and hold each step against the lock or the last build"""
+    from buildsys.reproduce import reproduce as anew
+
+    return anew(session, recipes, said)
+
+
 def serve(session: Session, recipes: list[str], said: Said) -> Iterable[str]:
     """run the recipe's engine with its own settings, until Ctrl-C"""
     from buildsys import live
@@ -144,12 +151,12 @@ def web(session: Session, recipes: list[str], said: Said) -> Iterable[str]:
 
 
 ALL: tuple[Command, ...] = (names, check, schema, gc, verify, impact)
-EACH: tuple[Command, ...] = (plan, build, why, forget, clean, publish, report, compare, serve, chat, bench, web)
+EACH: tuple[Command, ...] = (plan, build, why, forget, clean, publish, report, reproduce, compare, serve, chat, bench, web)
 
 OPTIONS: dict[str, tuple[Command, ...]] = {
-    "threads": (build, publish, report),
-    "batch": (build, publish),
-    "device": (build, publish, report),
+    "threads": (build, publish, report, reproduce),
+    "batch": (build, publish, reproduce),
+    "device": (build, publish, report, reproduce),
     "key": (build, publish, verify),
     "dry": (publish,),
     "to": (publish,),
@@ -161,6 +168,9 @@ OPTIONS: dict[str, tuple[Command, ...]] = {
     "format": (plan, impact),
     "upgrade": (impact,),
     "base": (impact,),
+    "folder": (reproduce,),
+    "keep": (reproduce,),
+    "against": (reproduce,),
 }
 HELP = {
     "threads": "threads of a step (all processors)",
@@ -177,6 +187,9 @@ HELP = {
     "format": "how to show it: text, table or json",
     "upgrade": "a tool and its new version: torch==2.14.0",
     "base": "a commit, branch or tag to compare with",
+    "folder": "where the clean store is made; a folder that is not there yet (one under artifacts/)",
+    "keep": "the clean store stays",
+    "against": "another workspace's artifacts/, whose build is compared with",
 }
 
 
@@ -222,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         if command in EACH:
             sub.add_argument("recipes", nargs="+", metavar="RECIPE", help="a name, a glob or a path")
         for option in (option for option, commands_with_it in OPTIONS.items() if command in commands_with_it):
-            sub.add_argument(f"--{option}", help=HELP[option], action="store_true" if option == "dry" else "store")
+            sub.add_argument(f"--{option}", help=HELP[option], action="store_true" if option in ("dry", "keep") else "store")
     return parser
 
 

@@ -331,6 +331,16 @@ class Session:
         more = (f", {skipped} checks skipped" if skipped else "") + (", not published" if name in self._unpublished else "")
         return f"{name}: {made}{more} -> {self.store.root / name}"
 
+    def beside(self, store: Store) -> Session:
+        """The same workspace, settings and console over another store; it ends with this one."""
+        session = Session(self.workspace, store, self.settings, self.console, self._steps)
+        self.at_end(session.end)
+        return session
+
+    def at_end(self, ending: Callable[[], None]) -> None:
+        """`ending` is called when this session ends, however that comes; what was given last comes first."""
+        self._held.callback(ending)
+
     def end(self) -> None:
         """No child survives this, and gc may work again."""
         self._workers.end()

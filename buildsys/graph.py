@@ -37,6 +37,9 @@ SERVED = ("rope_scaling", "tool_call_parser")
 LOADED = ("*.json", "*.safetensors", "*.model", "*.model.v*", "*.tiktoken", "*.jinja", "vocab.txt", "merges.txt", PROFILE)
 """What an engine reads of a model's folder: not what is written there for people."""
 
+SERVE_OUTPUT, MEASURED = ("served.json",), ("measurements.json",)
+"""What the serve step writes, and what a check writes. The first tells an engine's times and memory, and so does what is made of it."""
+
 CHOSEN = "schemes.json"
 """What allocate writes: the scheme of each linear."""
 
@@ -292,7 +295,7 @@ class Graph:
         )
         hints = {"python": host.python, "timeout_s": asked.timeout_s, "where": self.recipe.at("verify", "serve")}
         title = f"a server on {', '.join(sorted({device.name for device in host.devices[:count]}))}"
-        return self._step("serve", title, knobs, *needs, hints=hints, computes=True, engine=True)
+        return self._step("serve", title, knobs, *needs, hints=hints, computes=True, engine=True, clocked=SERVE_OUTPUT)
 
     def measures(
         self, source: Step, quantized: Step, packed: Step, tokens: Step, served: Callable[[Any], Step] | None
@@ -310,7 +313,7 @@ class Graph:
             if engine_check(name):
                 if served is None:
                     continue
-                outputs["served"] = Need("served", served(chosen), ("served.json",))
+                outputs["served"] = Need("served", served(chosen), SERVE_OUTPUT)
             needs = [outputs[role] for role in module.READS if role in outputs]
             knobs = {
                 "check": {"name": name, "version": module.VERSION, "knobs": chosen.model_dump(exclude={*module.LIMITS, *module.ASIDE})},
@@ -320,8 +323,8 @@ class Graph:
                 "facts": self._facts(module.READS),
             }
             # config.json tells the architecture; where a check reads no weights, nothing else of the source is in its key.
-            computes = "packed" in module.READS
-            yield name, self._step("measure", name, knobs, Need("source", source, ("config.json",)), *needs, *self._bits, computes=computes)
+            more = {"computes": "packed" in module.READS, "clocked": MEASURED if engine_check(name) else ()}
+            yield name, self._step("measure", name, knobs, Need("source", source, ("config.json",)), *needs, *self._bits, **more)
 
     def _facts(self, reads: tuple[str, ...]) -> dict[str, Any]:
         """What planning knows, for the checks that ask for it."""

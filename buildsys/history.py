@@ -69,6 +69,10 @@ class History:
             disk.write(self._path, canonical([asdict(one) for one in entries]))
         self._before = entries
 
+    def entries(self) -> tuple[Ingredients, ...]:
+        """The last build's steps, needs first."""
+        return tuple(self._before)
+
     def keys(self) -> tuple[str, ...]:
         """Real keys of the last build."""
         return tuple(one.key for one in self._before)
@@ -113,16 +117,17 @@ def why(now: Ingredients, last: Ingredients | None, damage: str | None = None) -
 def _changes(now: Ingredients, last: Ingredients) -> Iterator[str]:
     if now.version != last.version:
         yield f"VERSION {last.version} -> {now.version}"
-    old, new = dict(_flat(last.knobs, "")), dict(_flat(now.knobs, ""))
+    old, new = dict(flat(last.knobs, "")), dict(flat(now.knobs, ""))
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name) or (name in old) != (name in new)]
     for top, group in groupby(names, lambda name: name.partition(".")[0]):
-        told = [_change(name, old.get(name, "(unset)"), new.get(name, "(unset)")) for name in group]
+        told = [change(name, old.get(name, "(unset)"), new.get(name, "(unset)")) for name in group]
         yield from told if len(told) <= MOST else [f"{len(told)} in {top} changed ({told[0]} …)"]
     for role in sorted(now.inputs.keys() | last.inputs.keys()):
         yield from _changed_files(role, last.inputs.get(role, {}), now.inputs.get(role, {}))
 
 
-def _change(name: str, old: Any, new: Any) -> str:
+def change(name: str, old: Any, new: Any) -> str:
+    """One knob's old and new value, in a few words."""
     if all(isinstance(value, str) and SHA256.fullmatch(value) for value in (old, new)):
         return f"{name} changed ({old[:8]} -> {new[:8]})"
     return f"{name} {_shown(old)} -> {_shown(new)}"
@@ -144,13 +149,13 @@ def _changed_files(role: str, old: Mapping[str, str], new: Mapping[str, str]) ->
         yield f"{role}/{name} {state}"
 
 
-def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+def flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Leaves of nested JSON by dotted path; a list is one leaf where it holds plain values."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
-            yield from _flat(inner, f"{path}.{key}" if path else str(key))
+            yield from flat(inner, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list) and any(isinstance(inner, Mapping) for inner in value):
         for index, inner in enumerate(value):
-            yield from _flat(inner, f"{path}[{index}]")
+            yield from flat(inner, f"{path}[{index}]")
     else:
         yield path, list(value) if isinstance(value, tuple) else value

@@ -17,14 +17,17 @@ from buildsys.step import Step
 from buildsys.store import Store
 from buildsys.workspace import Workspace
 
-TASKS = ("bench", "build", "chat", "check", "compare", "gc", "impact", "plan", "publish", "report", "serve", "test", "verify", "web", "why")
+TASKS = (
+    *("bench", "build", "chat", "check", "compare", "gc", "impact", "plan", "publish", "report", "reproduce"),
+    *("serve", "test", "verify", "web", "why"),
+)
 COMMANDS = frozenset({"run", "list", "info", "clean", "forget", "help", "ignore", "dumpdb", "strace", "tabcompletion", "resetdep"})
 VARIABLES = {
-    "recipe": ("bench", "build", "chat", "forget", "plan", "publish", "report", "serve", "web", "why"),
+    "recipe": ("bench", "build", "chat", "forget", "plan", "publish", "report", "reproduce", "serve", "web", "why"),
     "recipes": ("compare",),
-    "threads": ("build", "plan", "publish", "report"),
-    "batch": ("build", "publish", "report"),
-    "device": ("build", "plan", "publish", "report"),
+    "threads": ("build", "plan", "publish", "report", "reproduce"),
+    "batch": ("build", "publish", "report", "reproduce"),
+    "device": ("build", "plan", "publish", "report", "reproduce"),
     "key": ("build", "publish", "verify"),
     "dry": ("publish",),
     "to": ("publish",),
@@ -36,6 +39,9 @@ VARIABLES = {
     "format": ("plan", "impact"),
     "upgrade": ("impact",),
     "base": ("impact",),
+    "folder": ("reproduce",),
+    "keep": ("reproduce",),
+    "against": ("reproduce",),
 }
 """What may be said on the line, and to which tasks."""
 

@@ -59,6 +59,7 @@ class Step:
     engine: bool = False  # it starts an engine, which has the GPU for itself
     hints: Mapping[str, Any] = field(default_factory=dict)  # where to find inputs on this machine; never in a key
     resumes: bool = False  # it can use what a killed run of it left in its stage
+    clocked: tuple[str, ...] = ()  # files of its output that tell times and memory of the run: no two runs write the same
     promises: Mapping[str, str] | None = None  # its output, name -> sha256, where that is known before it runs
 
     @cached_property

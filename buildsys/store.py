@@ -79,21 +79,33 @@ class Store:
 
     def find(self, key: str) -> Artifact | None:
         """The artifact of `key` if every file of it is there and unaltered; a damaged one is dropped, and is a miss."""
-        path = self._manifest(key)
         try:
-            raw = json.loads(path.read_bytes())
-            files = {name: File(file["sha256"], file["size"]) for name, file in raw["files"].items()}
-            artifact = Artifact(key, MappingProxyType(files), MappingProxyType(raw["meta"]))
+            artifact = self._manifested(key)
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, AttributeError):
             self._drop(key, "its manifest is damaged")
             return None
-        for name, file in files.items():
+        for name, file in artifact.files.items():
             if not self._holds(file):
                 self._drop(key, f"{name} is missing, or is no longer what was built")
                 return None
         return artifact
+
+    def recorded(self, key: str) -> Artifact | None:
+        """What the manifest of `key` says, whatever became of its files: for who looks back. Nothing is dropped."""
+        try:
+            return self._manifested(key)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def held(self, sha256: str) -> Path | None:
+        """Where the content of that digest lies, if it is there and unaltered: read again. Nothing is dropped."""
+        blob = self._blob(sha256)
+        try:
+            return blob.absolute() if digests.sha256(blob) == sha256 else None
+        except BuildError:
+            return None
 
     def path(self, artifact: Artifact, name: str) -> Path:
         """Where the content of one file lies (absolute; its own name is a digest)."""
@@ -286,6 +298,12 @@ class Store:
             return sum(_remove(path) for path in unused)
 
     # Inside
+
+    def _manifested(self, key: str) -> Artifact:
+        """Raises what reading JSON of another shape raises."""
+        raw = json.loads(self._manifest(key).read_bytes())
+        files = {name: File(file["sha256"], file["size"]) for name, file in raw["files"].items()}
+        return Artifact(key, MappingProxyType(files), MappingProxyType(raw["meta"]))
 
     def _manifest(self, key: str) -> Path:
         return self.home / "manifests" / f"{key}.json"

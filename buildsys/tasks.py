@@ -35,6 +35,7 @@ __all__ = [
     "task_plan",
     "task_publish",
     "task_report",
+    "task_reproduce",
     "task_serve",
     "task_test",
     "task_verify",
@@ -178,6 +179,11 @@ def _why_tasks() -> Iterator[Task]:
     yield _plain("why", (_act, [_each, "why", actions.reasons]), doc=_why_tasks.__doc__)
 
 
+def _reproduce_tasks() -> Iterator[Task]:
+    """recipe=NAME: build it anew in a clean store, and hold each step against its lock or its last build"""
+    yield _plain("reproduce", (_act, [_reproduce]), doc=_reproduce_tasks.__doc__)
+
+
 def _check_tasks() -> Iterator[Task]:
     """every recipe: valid? file:line, what, fix"""
     yield _plain("check", (_act, [_check]), doc=_check_tasks.__doc__)
@@ -215,6 +221,10 @@ def task_impact() -> Iterator[Task]:
 
 def task_why() -> Iterator[Task]:
     return _creator(_why_tasks)()
+
+
+def task_reproduce() -> Iterator[Task]:
+    return _creator(_reproduce_tasks)()
 
 
 def task_check() -> Iterator[Task]:
@@ -337,6 +347,12 @@ def _each(run: Run, task: str, show: Callable[[Session, str], list[str]]) -> Ite
     run.session.plan(names)
     for name in names:
         yield from show(run.session, name)
+
+
+def _reproduce(run: Run) -> Iterable[str]:
+    from buildsys.reproduce import reproduce
+
+    return reproduce(run.session, run.asked("reproduce"), run.line.said)
 
 
 def _serve(run: Run) -> Iterable[str]:

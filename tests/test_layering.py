@@ -29,12 +29,21 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     SLOTS,
     ("recipe", "survey"),
     ("linears", "deployment", "misfits"),
+<<<<<<< HEAD
     ("workspace", "finder", "graph", "plan"),
     ("recipe_schema", "history", "outlook", "verdict", "trials", "steps", "worker"),
     ("release",),
     ("report",),
     ("driver",),
     ("fleet", "impact", "actions", "pages", "live", "invocation"),
+=======
+    ("workspace", "graph", "plan"),
+    ("recipe_schema", "history", "outlook", "verdict", "trials", "steps", "worker", "causes", "unequal", "reference"),
+    ("release",),
+    ("report",),
+    ("driver",),
+    ("actions", "pages", "live", "reproduce", "invocation"),
+>>>>>>> 7b1ce66 (Reproduce a recipe in a clean store and say where it parts)
     ("reporter",),
     ("tasks", "cli"),
     ("commands", "__main__"),
