@@ -58,7 +58,7 @@ class Changes:
 def changes(then: Ingredients, step: Step) -> Changes:
     """`step` as it is planned now, against what it was made of."""
     knobs = json.loads(canonical(step.knobs))
-    if step.kind == "fetch":
+    if step.kind == "fetch" and "files" in knobs:
         old, new = then.knobs.get("files", {}), knobs["files"]
         apart = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
         return Changes(files={name: (old.get(name, ""), new.get(name, "")) for name in apart})

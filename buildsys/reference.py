@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from buildsys.history import History, Ingredients
+from buildsys.step import Step
 from buildsys.store import Artifact, File, Store
 
 BESIDE = ("judge", "release", "generate")
 """Kinds that a recipe's history holds and that are no part of a build."""
-ONE_EACH = ("disjoint", "calibrate", "allocate", "quantize", "pack", "assemble", "serve")
-"""Kinds of which a recipe has one step at most: its title holds knobs."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +40,22 @@ class Reference:
     lost: tuple[str, ...] = field(default=())  # steps of it that nothing is known of any more
 
 
-def label(kind: str, title: str) -> str:
-    """A step's stable name inside a recipe: of kinds with several steps, what tells them apart; no number that a recipe may change."""
-    if kind in ONE_EACH:
-        return kind
-    if kind == "fetch":
-        return f"fetch {title.partition(' (')[0]}"
-    if kind == "tokens":
-        return f"tokens {title.partition(' ')[0]}"
-    return f"{kind} {title}"
+def label(step: Step) -> str:
+    """A step's name inside its recipe, the same whatever its knobs are."""
+    if step.kind == "fetch":
+        return f"fetch {step.title.partition(' (')[0]}"
+    if step.kind == "tokens":
+        return f"tokens {step.title.partition(' ')[0]}"
+    if step.kind == "measure":
+        return f"measure {step.title}"
+    if step.kind == "score":
+        policies = step.knobs["kv"]
+        return "score" if policies == "none" else " ".join(("score", *policies))
+    return step.kind
+
+
+def _label(made: Ingredients) -> str:
+    return label(Step(made.kind, made.title, made.version, made.knobs))
 
 
 def built(store: Store, name: str) -> Reference | None:
@@ -60,10 +66,10 @@ def built(store: Store, name: str) -> Reference | None:
     for made in entries:
         artifact = store.recorded(made.key) or _promised(made)
         if artifact is None:
-            lost.append(label(made.kind, made.title))
+            lost.append(_label(made))
         else:
             said = artifact.meta.get("built", {})
-            found[label(made.kind, made.title)] = Before(artifact.digest(), made, artifact, seconds=said.get("seconds"))
+            found[_label(made)] = Before(artifact.digest(), made, artifact, seconds=said.get("seconds"))
     if not entries:
         return None
     return Reference(f"the build of {_latest(found.values())} in {store.root}", found, store, tuple(lost))

@@ -90,7 +90,7 @@ def _same_recipe(clean: Session, name: str, reference: Reference) -> None:
     """Refuses what cannot come out equal: another source or text, another recipe. Another code VERSION may."""
     plan, errors = clean.plans[name], []
     for step in clean.steps(name):
-        before = reference.steps.get(label(step.kind, step.title))
+        before = reference.steps.get(label(step))
         if before is None and step.kind not in NAMED:
             errors.append(_unknown(plan.recipe.at(), name, step, reference))
         elif before is not None and before.made is not None:
@@ -100,7 +100,7 @@ def _same_recipe(clean: Session, name: str, reference: Reference) -> None:
 
 
 def _unknown(where: str, name: str, step: Step, reference: Reference) -> BuildError:
-    state = "is no longer recorded" if label(step.kind, step.title) in reference.lost else "was never finished"
+    state = "is no longer recorded" if label(step) in reference.lost else "was never finished"
     what = f"{name}: {step.kind} {step.title} {state} in {reference.whence}, so there is nothing to compare with"
     return BuildError(where, what, f"run `doit build recipe={name}` first")
 
@@ -120,13 +120,13 @@ def _drifted(plan: Any, step: Step, made: Any, reference: Reference) -> Iterator
 
 
 def _source(step: Step) -> str:
-    what = label(step.kind, step.title).removeprefix("fetch ")
+    what = label(step).removeprefix("fetch ")
     return "the source" if what == "source" else f"the dataset of {what}"
 
 
 def _at(plan: Any, step: Step) -> str:
     where = {"source": ("source",), "calibration text": ("calibration", "dataset"), "verify text": ("verify", "text")}
-    return str(plan.recipe.at(*where.get(label(step.kind, step.title).removeprefix("fetch "), ())))
+    return str(plan.recipe.at(*where.get(label(step).removeprefix("fetch "), ())))
 
 
 def _moved(old: str, new: str) -> str:
@@ -161,12 +161,6 @@ def _clean(session: Session, said: Mapping[str, str], keep: bool) -> Iterator[Se
     clean = session.beside(Store(folder))
     try:
         yield clean
-    except _Differs:
-        raise
-    except BuildError as error:
-        if keep or isinstance(error, BuildErrors):
-            raise
-        raise BuildError(error.where, error.what, f"{error.fix} (keep=1 keeps the clean store, with its logs)") from error
     finally:
         clean.end()
         if keep:
@@ -209,7 +203,7 @@ class _Rerun:
         aside: list[str] = []
         notes: list[str] = []
         for step in self.clean.steps(self.name):
-            named, artifact = label(step.kind, step.title), self._build(step)
+            named, artifact = label(step), self._build(step)
             before = self.reference.steps.get(named)
             if before is None:
                 aside.append(named)
@@ -241,10 +235,18 @@ class _Rerun:
 
         with self.session.store.lock("gpu", waiting) if taken or step.engine else nullcontext():
             if not self.clean.ready(step):
-                self.clean.build(step)
+                self._run(step)
         found = self.clean.store.recorded(self.clean.key(step))
         assert found is not None
         return found
+
+    def _run(self, step: Step) -> None:
+        try:
+            self.clean.build(step)
+        except BuildErrors:
+            raise
+        except BuildError as error:  # its log goes with the store
+            raise BuildError(error.where, error.what, f"{error.fix} (say keep=1 to keep its log)") from error
 
     def _row(self, state: str, step: Step, artifact: Artifact, before: Before | None) -> str:
         took = artifact.meta.get("built", {}).get("seconds", 0.0)
@@ -270,16 +272,15 @@ class _Rerun:
         yield from (f"    {line}" for line in where)
         reasons, fix = self._reasons(step, before, artifact)
         yield f"    because   {'; '.join(reasons) if reasons else 'of nothing that is recorded'}"
-        first = where[0].removeprefix("first     ")
+        first = where[0].removeprefix("first     ").partition("; ")[0]
         what = f"{self.name} is not reproduced: {step.kind} {step.title} is the first step that differs ({first}); "
         what += f"what differs beside it: {'; '.join(reasons)}" if reasons else "code, inputs, tools and machine are recorded as the same"
         raise _Differs(plan.recipe.at(), what, fix)
 
     def _first(self, step: Step, before: Before, artifact: Artifact) -> list[str]:
         if before.artifact is None:
-            return [
-                f"first     digest {before.output[:12]} then, {artifact.digest()[:12]} now; its files are not in {self.reference.store.root}"
-            ]
+            gone = f"its files are not in {self.reference.store.root}"
+            return [f"first     digest {before.output[:12]} then, {artifact.digest()[:12]} now; {gone}"]
         old = {name: file.sha256 for name, file in before.artifact.files.items()}
         new = {name: file.sha256 for name, file in artifact.files.items()}
         names = unequal.files(old, new)

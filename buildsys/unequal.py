@@ -80,7 +80,7 @@ def _tensor(name: str, old: Path, new: Path, before: headers.Header, after: head
     if None not in bits:
         if bits[0] != bits[1]:
             return f"codes of {bits[0][0]} bits are of {bits[1][0]} bits now"  # type: ignore[index]
-        return _counted(_codes(old, one, new, other, *bits[0]), "codes", " steps of the scale")  # type: ignore[misc]
+        return _counted(_codes(old, one, new, other, *bits[0]), "codes", " times the scale")  # type: ignore[misc]
     if one.dtype in WORDS:
         return _counted(_values(old, one, new, other), "words", None)
     return _counted(_values(old, one, new, other), "values", "")

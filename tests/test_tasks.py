@@ -41,7 +41,7 @@ class Place:
         self.root = root
         (root / "recipes").mkdir(parents=True)
         (root / "dodo.py").write_text(toy.DODO)
-        self.environment = {**os.environ, "PYTHONPATH": str(HERE), "TOY_MARKS": str(root / "marks")}
+        self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(runs.ROOT)]), "TOY_MARKS": str(root / "marks")}
 
     def recipe(self, name: str, limit: int = 100, **changed: dict[str, Any]) -> None:
         graph = {"steps": steps(**changed), "artifact": "folder", "measures": {"size": "size"}, "limits": {"size": limit}}

@@ -48,7 +48,8 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     FAULTS[knobs.get("fault", "none")]()
     read = [path.read_text() for role in sorted(request.inputs) for path in request.read(role).files.values()]
     for name in knobs.get("files", ["out.txt"]):
-        (request.stage / name).write_text(f"{knobs.get('text', '')}({' '.join(read)})")
+        now = time.time_ns() if knobs.get("clocked") else ""
+        (request.stage / name).write_text(f"{now}{knobs.get('text', '')}({' '.join(read)})")
     return {"threads": request.resources.threads}
 
 
@@ -104,9 +105,9 @@ def plan(recipe: Any, store: Any, threads: int = 2, **more: Any) -> Any:
             knobs["sha256"] = store.sha256(Path(said["reads"]))
         needs = tuple(Need(role, made[other]) for role, other in said.get("needs", {}).items())
         after = tuple(made[other] for other in said.get("after", []))
-        made[name] = Step(
-            said.get("kind", "make"), name, said.get("version", 1), knobs, needs, after, said.get("heavy", False), resumes=True
-        )
+        clocked = tuple(knobs.get("files", ["out.txt"])) if knobs.get("clocked") else ()
+        heavy, version = said.get("heavy", False), said.get("version", 1)
+        made[name] = Step(said.get("kind", "make"), name, version, knobs, needs, after, heavy, clocked=clocked, resumes=True)
     measures = tuple((check, made[name]) for check, name in graph.get("measures", {}).items())
     artifact = made[graph["artifact"]]
     return SimpleNamespace(
