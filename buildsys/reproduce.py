@@ -93,7 +93,7 @@ def _same_recipe(clean: Session, name: str, reference: Reference) -> None:
         before = reference.steps.get(label(step))
         if before is None and step.kind not in NAMED:
             errors.append(_unknown(plan.recipe.at(), name, step, reference))
-        elif before is not None and before.made is not None:
+        elif before is not None and before.made is not None and not step.clocked:  # whose knobs name the machine
             errors += _drifted(plan, step, before.made, reference)
     if errors:
         raise errors[0] if len(errors) == 1 else BuildErrors(errors)
@@ -209,7 +209,6 @@ class _Rerun:
                 aside.append(named)
                 yield self._row("new", step, artifact, None)
                 continue
-            notes += [note for note in causes.changes(before.made, step).code if note not in notes] if before.made is not None else []
             if step.clocked:
                 yield self._row("measured", step, artifact, before)
                 yield from self._numbers(step, before, artifact)
@@ -218,9 +217,12 @@ class _Rerun:
                 yield from self._apart(step, before, artifact)
             else:
                 outputs[named] = artifact.digest()
+                notes += [note for note in causes.changes(before.made, step).code if note not in notes] if before.made is not None else []
                 yield self._row("equal", step, artifact, before)
         yield from (f"  note      {note}: its output is the same" for note in notes)
         yield from ([f"  note      not in {self.reference.whence}: {', '.join(aside)}"] if aside else [])
+        lacking = self.reference.steps.keys() - {label(step) for step in self.clean.steps(self.name)}
+        yield from ([f"  note      not built here: {', '.join(sorted(lacking))}"] if lacking else [])
         made = self.clean.store.recorded(self.clean.key(plan.artifact))
         assert made is not None
         yield f"{self.name}: identical, {len(outputs)} steps, digest {digest(outputs)}"

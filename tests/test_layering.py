@@ -38,8 +38,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fleet", "impact", "actions", "pages", "live", "invocation"),
 =======
     ("workspace", "graph", "plan"),
-    ("recipe_schema", "history", "outlook", "verdict", "trials", "steps", "worker", "causes", "unequal", "reference"),
+    ("recipe_schema", "history", "outlook", "verdict", "trials", "steps", "worker"),
     ("release",),
+    ("causes", "unequal", "reference"),
     ("report",),
     ("driver",),
     ("actions", "pages", "live", "reproduce", "invocation"),

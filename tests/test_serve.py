@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -102,6 +103,18 @@ def test_every_answer_of_the_server_reaches_the_verdict(built: Path, host: dict[
     assert "19 steps, all cached" in again.out, again.out
     limit = runs.doit(runs.copy(workspace, tmp_path / "other"), "plan", "recipe=demo", **gpuhost.environment(tmp_path / "l4", "NVIDIA L4"))
     assert "verify.serve is skipped here: the target is 1 x h200, here is NVIDIA L4" in limit.fine().out
+
+
+def test_another_run_is_held_beside_as_numbers(built: Path, host: dict[str, str], tmp_path: Path) -> None:
+    """No two runs of a server take the same time: that makes no reproduction fail, and is in no digest."""
+    workspace = asking(built, tmp_path, f"beside: [], {ASKED}")
+    build(workspace, host).fine()
+    told = [runs.doit(workspace, "reproduce", "recipe=demo", *words, **host).fine().out for words in ((), ("device=cpu",))]
+    assert "  measured  serve     a server on NVIDIA H200" in told[0] and "  measured  measure   serve" in told[0]
+    assert re.search(r"^ +tokens_per_s_1 +\S+ -> \S+ tokens/s$", told[0], re.MULTILINE)
+    digests = [re.findall(r"^demo: identical, 17 steps, digest \w{64}$", text, re.MULTILINE) for text in told]
+    assert digests[0] == digests[1] and len(digests[0]) == 1
+    assert "note      not built here: measure serve, serve" in told[1]
 
 
 def test_without_a_gpu_it_is_skipped_and_never_passed(built: Path, tmp_path: Path) -> None:
