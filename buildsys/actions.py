@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +36,41 @@ def _here(workspace: Workspace) -> None:
     """A wrong folder has no mistakes and needs nothing: to say so, or to drop a store for it, would be wrong."""
     if not (workspace.root / "recipes").is_dir():
         raise BuildError(str(workspace.root), "is no workspace: it has no folder recipes/", "run this where dodo.py and recipes/ are")
+
+
+def diff(session: Session, said: Mapping[str, str]) -> Iterator[str]:
+    """What the work tree's recipes are beside those of the git ref `base`. Mistakes of the work tree's raise once all else is told."""
+    from buildsys.review import base, changes, render
+
+    _here(session.workspace)
+    form = render.chosen(said.get("format", "text"))
+    if "base" not in said:
+        raise BuildError("diff", "against what?", "write base=REF: doit diff base=origin/main")
+    with base.at(session.workspace.root, said["base"], session.store.home) as old:
+        before = Session(old.workspace, session.store, session.settings, session.console)
+        now, then = (changes.Side(one.workspace, partial(_planned, one)) for one in (session, before))
+        review = changes.compare(now, then, old, _wanted(now.workspace, old.workspace, said.get("recipe")))
+    yield from render.render(review, form)
+    if review.errors:
+        raise BuildErrors(list(review.errors))
+
+
+def _planned(session: Session, name: str) -> Plan:
+    session.plan([name])
+    return session.plans[name]
+
+
+def _wanted(now: Workspace, then: Workspace, spec: str | None) -> Callable[[str], bool]:
+    """Of which recipes to speak: those that `recipe=` names on either side."""
+    if spec is None:
+        return lambda name: True
+    found: set[str] = set()
+    for token in spec.split(","):
+        try:
+            found |= set(now.find(token))
+        except BuildError:  # it may be one that is no more
+            found |= set(then.find(token))
+    return found.__contains__
 
 
 def publish_without_building(session: Session, names: list[str], to: str | None) -> Iterator[str]:

@@ -37,6 +37,11 @@ def schema(session: Session, _: list[str], said: Said) -> Iterable[str]:
     return [actions.schema()]
 
 
+def diff(session: Session, _: list[str], said: Said) -> Iterable[str]:
+    """what changed since a git ref: recipes, steps that run, gates, numbers"""
+    return actions.diff(session, said)
+
+
 def impact(session: Session, _: list[str], said: Said) -> Iterable[str]:
     """which recipes another version of a tool, or VERSIONs that a branch moves, would touch"""
     return actions.impact(session, said)
@@ -150,13 +155,13 @@ def web(session: Session, recipes: list[str], said: Said) -> Iterable[str]:
     return live.web(session, recipes, said)
 
 
-ALL: tuple[Command, ...] = (names, check, schema, gc, verify, impact)
+ALL: tuple[Command, ...] = (names, check, schema, gc, verify, diff, impact)
 EACH: tuple[Command, ...] = (plan, build, why, forget, clean, publish, report, reproduce, compare, serve, chat, bench, web)
 
 OPTIONS: dict[str, tuple[Command, ...]] = {
-    "threads": (build, publish, report, reproduce),
+    "threads": (build, publish, report, reproduce, diff),
     "batch": (build, publish, reproduce),
-    "device": (build, publish, report, reproduce),
+    "device": (build, publish, report, reproduce, diff),
     "key": (build, publish, verify),
     "dry": (publish,),
     "to": (publish,),
@@ -165,9 +170,10 @@ OPTIONS: dict[str, tuple[Command, ...]] = {
     "revision": (verify,),
     "port": (serve, web),
     "url": (chat, bench, web),
-    "format": (plan, impact),
+    "format": (plan, diff, impact),
     "upgrade": (impact,),
-    "base": (impact,),
+    "base": (diff, impact),
+    "recipe": (diff,),
     "folder": (reproduce,),
     "keep": (reproduce,),
     "against": (reproduce,),
@@ -184,9 +190,10 @@ HELP = {
     "revision": "of the repository: a branch, a tag or a commit (main)",
     "port": "where to listen, on this machine alone",
     "url": "a server that runs; else one is started",
-    "format": "how to show it: text, table or json",
+    "format": "how to show it: text, table or json; of diff text, markdown or json",
     "upgrade": "a tool and its new version: torch==2.14.0",
     "base": "a commit, branch or tag to compare with",
+    "recipe": "only these: names, globs or paths",
     "folder": "where the clean store is made; a folder that is not there yet (one under artifacts/)",
     "keep": "the clean store stays",
     "against": "another workspace's artifacts/, whose build is compared with",

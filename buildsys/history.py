@@ -110,11 +110,12 @@ def why(now: Ingredients, last: Ingredients | None, damage: str | None = None) -
         return f"damaged: {damage}" if damage else "never built"
     if last.key == now.key:
         return f"damaged: {damage}" if damage else "its output is no longer in the store (forgotten, dropped or lost)"
-    changes = list(_changes(now, last))
-    return "; ".join(changes) if changes else "keys are made in another way than at its last build"
+    told = [*changes(now, last), *_changed_inputs(now, last)]
+    return "; ".join(told) if told else "keys are made in another way than at its last build"
 
 
-def _changes(now: Ingredients, last: Ingredients) -> Iterator[str]:
+def changes(now: Ingredients, last: Ingredients) -> Iterator[str]:
+    """What differs in a step itself: its VERSION and its knobs."""
     if now.version != last.version:
         yield f"VERSION {last.version} -> {now.version}"
     old, new = dict(flat(last.knobs, "")), dict(flat(now.knobs, ""))
@@ -122,6 +123,9 @@ def _changes(now: Ingredients, last: Ingredients) -> Iterator[str]:
     for top, group in groupby(names, lambda name: name.partition(".")[0]):
         told = [change(name, old.get(name, "(unset)"), new.get(name, "(unset)")) for name in group]
         yield from told if len(told) <= MOST else [f"{len(told)} in {top} changed ({told[0]} …)"]
+
+
+def _changed_inputs(now: Ingredients, last: Ingredients) -> Iterator[str]:
     for role in sorted(now.inputs.keys() | last.inputs.keys()):
         yield from _changed_files(role, last.inputs.get(role, {}), now.inputs.get(role, {}))
 

@@ -18,16 +18,16 @@ from buildsys.store import Store
 from buildsys.workspace import Workspace
 
 TASKS = (
-    *("bench", "build", "chat", "check", "compare", "gc", "impact", "plan", "publish", "report", "reproduce"),
+    *("bench", "build", "chat", "check", "compare", "diff", "gc", "impact", "plan", "publish", "report", "reproduce"),
     *("serve", "test", "verify", "web", "why"),
 )
 COMMANDS = frozenset({"run", "list", "info", "clean", "forget", "help", "ignore", "dumpdb", "strace", "tabcompletion", "resetdep"})
 VARIABLES = {
-    "recipe": ("bench", "build", "chat", "forget", "plan", "publish", "report", "reproduce", "serve", "web", "why"),
+    "recipe": ("bench", "build", "chat", "diff", "forget", "plan", "publish", "report", "reproduce", "serve", "web", "why"),
     "recipes": ("compare",),
-    "threads": ("build", "plan", "publish", "report", "reproduce"),
+    "threads": ("build", "diff", "plan", "publish", "report", "reproduce"),
     "batch": ("build", "publish", "report", "reproduce"),
-    "device": ("build", "plan", "publish", "report", "reproduce"),
+    "device": ("build", "diff", "plan", "publish", "report", "reproduce"),
     "key": ("build", "publish", "verify"),
     "dry": ("publish",),
     "to": ("publish",),
@@ -36,9 +36,9 @@ VARIABLES = {
     "revision": ("verify",),
     "port": ("serve", "web"),
     "url": ("bench", "chat", "web"),
-    "format": ("plan", "impact"),
+    "format": ("diff", "plan", "impact"),
     "upgrade": ("impact",),
-    "base": ("impact",),
+    "base": ("diff", "impact"),
     "folder": ("reproduce",),
     "keep": ("reproduce",),
     "against": ("reproduce",),

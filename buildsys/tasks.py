@@ -30,6 +30,7 @@ __all__ = [
     "task_chat",
     "task_check",
     "task_compare",
+    "task_diff",
     "task_gc",
     "task_impact",
     "task_plan",
@@ -189,6 +190,11 @@ def _check_tasks() -> Iterator[Task]:
     yield _plain("check", (_act, [_check]), doc=_check_tasks.__doc__)
 
 
+def _diff_tasks() -> Iterator[Task]:
+    """base=REF [recipe=NAME] [format=text|markdown|json]: what changed since REF: recipes, steps that run, gates, numbers"""
+    yield _plain("diff", (_act, [_diff]), doc=_diff_tasks.__doc__)
+
+
 def _gc_tasks() -> Iterator[Task]:
     """drop from the store what no recipe needs"""
     yield _plain("gc", (_act, [_gc]), doc=_gc_tasks.__doc__)
@@ -229,6 +235,10 @@ def task_reproduce() -> Iterator[Task]:
 
 def task_check() -> Iterator[Task]:
     return _creator(_check_tasks)()
+
+
+def task_diff() -> Iterator[Task]:
+    return _creator(_diff_tasks)()
 
 
 def task_gc() -> Iterator[Task]:
@@ -387,6 +397,10 @@ def _alone(run: Run, task: str, do: Callable[[Session, list[str], Mapping[str, s
 
 def _check(run: Run) -> Iterable[str]:
     return actions.check(run.workspace)
+
+
+def _diff(run: Run) -> Iterable[str]:
+    return actions.diff(run.session, run.line.said)
 
 
 def _gc(run: Run) -> Iterable[str]:

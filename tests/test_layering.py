@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipe_schema", "history", "outlook", "verdict", "trials", "steps", "worker"),
     ("release",),
     ("report",),
+    ("review",),
     ("driver",),
     ("fleet", "impact", "actions", "pages", "live", "invocation"),
 =======
