@@ -46,7 +46,7 @@ def diff(session: Session, said: Mapping[str, str]) -> Iterator[str]:
     form = render.chosen(said.get("format", "text"))
     if "base" not in said:
         raise BuildError("diff", "against what?", "write base=REF: doit diff base=origin/main")
-    with base.at(session.workspace.root, said["base"], session.store.home) as old:
+    with base.at(session.workspace, said["base"], session.store.home) as old:
         before = Session(old.workspace, session.store, session.settings, session.console)
         now, then = (changes.Side(one.workspace, partial(_planned, one)) for one in (session, before))
         review = changes.compare(now, then, old, _wanted(now.workspace, old.workspace, said.get("recipe")))

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from buildsys import disk
+from buildsys.document import Document
 from buildsys.errors import BuildError
-from buildsys.overlay import lexical
+from buildsys.overlay import Reader, lexical
 from buildsys.recipe import PATH_KNOBS, Recipe
 from buildsys.review.git import LINK, SUBMODULE, Entry, Git
 from buildsys.workspace import FOLDER, SUFFIXES, Workspace
@@ -53,10 +54,22 @@ class Base:
         return BuildError(self.told(error.where), self.told(error.what), self.told(error.fix))
 
 
+class _Shared(Reader):
+    """Reads what did not change once for both workspaces."""
+
+    def __init__(self, root: Path, now: Reader, changed: frozenset[str]) -> None:
+        super().__init__(root, now.choices)
+        self._now, self._changed = now, changed
+
+    def read(self, path: Path) -> Document:
+        name = self.name(path)
+        return super().read(path) if name in self._changed else self._now.read(self._now.root / name)
+
+
 @contextmanager
-def at(root: Path, ref: str, home: Path) -> Iterator[Base]:
-    """The workspace `root` as it was where its branch left `ref`. `home`: where a folder for it may be made, and is gone afterwards."""
-    root = root.absolute()
+def at(now: Workspace, ref: str, home: Path) -> Iterator[Base]:
+    """The workspace `now` as it was where its branch left `ref`. `home`: where a folder for it may be made, and is gone afterwards."""
+    root = now.root
     git = Git(root)
     named = git.commit(ref)
     forked = git.forked(named)
@@ -72,7 +85,9 @@ def at(root: Path, ref: str, home: Path) -> Iterator[Base]:
             _lay(git, git.entries(commit), changed, root, folder)
             _lay_untracked(git, root, folder, home)
             (folder / FOLDER).mkdir(exist_ok=True)
-            yield Base(ref, commit, Workspace(folder), changed, top, notes)
+            workspace = Workspace(folder)
+            workspace.reader = _Shared(folder, now.reader, changed)
+            yield Base(ref, commit, workspace, changed, top, notes)
 
 
 def _lay(git: Git, entries: list[Entry], changed: frozenset[str], root: Path, folder: Path) -> None:

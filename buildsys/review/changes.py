@@ -239,8 +239,9 @@ class _Comparison:
 
     def _files(self, recipe: Recipe) -> Iterator[str]:
         """Changed data in git that the recipe names."""
-        places = {_certain(written) for where, written in _leaves(resolved(recipe), ()) if _is_path(where)}
-        for path in sorted(self.base.changed):
+        data = [path for path in sorted(self.base.changed) if not (path.startswith(f"{FOLDER}/") and path.endswith(OWN))]
+        places = {_certain(written) for where, written in _leaves(resolved(recipe), ()) if _is_path(where)} if data else set()
+        for path in data:
             if path in places or any(str(above) in places for above in Path(path).parents):
                 yield path
 

@@ -11,41 +11,40 @@ import re
 from collections.abc import Iterable, Iterator
 
 from buildsys.review import words
-from buildsys.review.found import Change, Review
+from buildsys.review.found import Change, Figure, Review
 
 MOST = 64_000  # characters, of the 65,536 that a comment may have
 ROWS = 40  # of the summary table; recipes that change alike share one
 NAMES = 8  # of recipes that change alike
 MARK = "<!-- buildsys diff -->"
 
-_ACTIVE = re.compile(r"[*`\[\]~|\\$#@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<=[a-z]):(?=//)|(?<=www)\.")
-_BREAKS = re.compile(r"(?<=[./@_,:=-])(?=[^\s<])")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]+")
+BREAK = "\ue000"  # where a long word may break; becomes <wbr>
+LONG = 16  # characters of a word
+
+_ACTIVE = re.compile(r"[*`\[\]~|\\$#@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9\ue000])|(?<=[a-z]):(?=//)|(?<=www)\.")
+_BREAKS = re.compile(r"(?<=[./_,=@])(?=[A-Za-z0-9])")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\ue000]+")
 
 
 def code(text: str) -> str:
     """Text of a recipe's author, which may be anybody."""
-    plain = _CONTROL.sub(" ", text)
-    pieces = (_escaped(piece) for piece in (_BREAKS.split(plain) if len(plain) > 16 else [plain]))
-    return f"<code>{'<wbr>'.join(pieces)}</code>"
-
-
-def _escaped(text: str) -> str:
-    return _ACTIVE.sub(lambda found: f"&#{ord(found[0])};", html.escape(text, quote=False))
+    words_ = (_BREAKS.sub(BREAK, word) if len(word) > LONG else word for word in _CONTROL.sub(" ", text).split(" "))
+    escaped = html.escape(" ".join(words_), quote=False)
+    return f"<code>{_ACTIVE.sub(lambda found: f'&#{ord(found[0])};', escaped).replace(BREAK, '<wbr>')}</code>"
 
 
 def markdown(review: Review) -> str:
     """The whole comment."""
     head = "\n".join([MARK, f"## Recipes: {words.counts(review)}", "", *_summary(review)])
     parts, left = [], MOST - len(head) - 400
-    told = [change for change in review.changes if change.kind != "deleted"]
-    for change in told:
-        part = "\n".join(_details(change))
+    told = [alike for alike in _alike(review.changes) if alike[0].kind != "deleted"]
+    for alike in told:
+        part = "\n".join(_details(alike))
         if len(part) > left:
             break
         parts.append(part)
         left -= len(part) + 1
-    rest = len(told) - len(parts)
+    rest = sum(map(len, told[len(parts) :]))
     if rest:
         parts.append(f"\nDetails of {rest} more recipe{'s' if rest != 1 else ''} do not fit a comment: `doit diff base=… recipe=NAME`.\n")
     return "\n".join([head, *parts, _foot(review)])
@@ -69,9 +68,10 @@ def _summary(review: Review) -> Iterator[str]:
     if len(groups) > ROWS:
         yield f"| {sum(map(len, groups[ROWS:]))} more | in {len(groups) - ROWS} other ways | |"
     yield ""
-    if review.sums:
+    sums = [*filter(words.differs, review.sums)]
+    if sums:
         yield "| sum of what changes | before | after | |\n| --- | ---: | ---: | ---: |"
-        for sum_ in review.sums:
+        for sum_ in sums:
             yield f"| {sum_.name} | {words.amount(sum_.before, sum_.unit)} | {words.amount(sum_.after, sum_.unit)} | {words.shift(sum_)} |"
         yield ""
 
@@ -87,15 +87,13 @@ def _alike(changes: Iterable[Change]) -> list[list[Change]]:
     return list(groups.values())
 
 
-def _shape(change: Change) -> tuple[tuple[str, str], ...]:
-    return tuple((step.kind, step.state) for step in change.steps)
+def _shape(change: Change) -> tuple[tuple[str, str, str], ...]:
+    return tuple((step.kind, step.state, step.why) for step in change.steps)
 
 
 def _row(alike: list[Change]) -> str:
     one = alike[0]
-    names = "<br>".join(code(change.name) for change in alike[:NAMES])
-    more = f"<br>and {len(alike) - NAMES} more" if len(alike) > NAMES else ""
-    return f"| {names}{more} | {'<br>'.join(_what(one))} | {_builds(one)} |"
+    return f"| {_names(alike, '<br>')} | {'<br>'.join(_what(one))} | {_builds(one)} |"
 
 
 def _what(change: Change) -> Iterator[str]:
@@ -130,9 +128,16 @@ def _builds(change: Change) -> str:
     return f"{words.steps(change)}<br>{words.took(change)}" if change.steps or change.kept else "not known"
 
 
-def _details(change: Change) -> Iterator[str]:
+def _names(alike: list[Change], between: str) -> str:
+    names = between.join(code(change.name) for change in alike[:NAMES])
+    return f"{names}{between}and {len(alike) - NAMES} more" if len(alike) > NAMES else names
+
+
+def _details(alike: list[Change]) -> Iterator[str]:
+    change = alike[0]
     was = f" (was {code(change.was)})" if change.was else ""
-    yield f"<details><summary>{code(change.name)}{was}: {change.kind}, {words.steps(change)}</summary>\n"
+    each = " each" if len(alike) > 1 else ""
+    yield f"<details><summary>{_names(alike, ', ')}{was}: {change.kind}, {words.steps(change)}{each}</summary>\n"
     yield f"{code(change.where)}\n"
     if change.errors:
         yield "\n".join(f"- {code(error)}" for error in change.errors) + "\n"
@@ -146,8 +151,9 @@ def _details(change: Change) -> Iterator[str]:
     if change.gates:
         yield "\n".join(f"- gate {code(words.gate(gate))}" for gate in change.gates) + "\n"
     yield from _steps(change)
-    yield from _figures(change)
-    yield from _measurements(change)
+    yield from _figures(change) if len(alike) == 1 else _of_each(alike)
+    for one in alike[:ROWS]:
+        yield from _measurements(one, each=len(alike) > 1)
     notes = (*change.notes, *(f"published to {place}: what was published stays there" for place in change.published))
     if notes:
         yield "\n".join(f"- {code(note)}" for note in notes) + "\n"
@@ -160,12 +166,12 @@ def _steps(change: Change) -> Iterator[str]:
     yield "| step | | why |\n| --- | --- | --- |"
     for step in change.steps:
         roughly = f"<br>{words.amount(step.seconds, 's')}" if step.seconds is not None else ""
-        yield f"| {step.kind} {code(step.title)} | {step.state}{roughly} | {code(step.why)} |"
+        yield f"| {step.kind} {code(step.title)} | {'runs' if step.state == 'runs' else 'may run'}{roughly} | {code(step.why)} |"
     yield ""
 
 
 def _figures(change: Change) -> Iterator[str]:
-    moved = [figure for figure in change.figures if figure.before != figure.after]
+    moved = [*filter(words.differs, change.figures)]
     if not moved:
         if change.figures:
             yield "Predicted sizes, memory, speed and build time are as before.\n"
@@ -176,8 +182,37 @@ def _figures(change: Change) -> Iterator[str]:
     yield ""
 
 
-def _measurements(change: Change) -> Iterator[str]:
+def _of_each(alike: list[Change]) -> Iterator[str]:
+    """One row a recipe: what it takes on disk and on its GPU, how fast it is, and its build."""
+    wanted = (
+        ("weights on disk", "disk"),
+        ("KV cache", "KV cache, tokens"),
+        ("decode at batch 1", "decode"),
+        ("clean build", "clean build"),
+    )
+    tables = [{figure.name: figure for figure in change.figures} for change in alike]
+    columns = [(name, head) for name, head in wanted if any(name in table and words.differs(table[name]) for table in tables)]
+    if not columns:
+        yield "Predicted sizes, memory, speed and build time are nearly as before.\n"
+        return
+    yield f"| predicted | {' | '.join(head for _, head in columns)} |\n| --- |{' ---: |' * len(columns)}"
+    for change, table in list(zip(alike, tables, strict=True))[:ROWS]:
+        cells = (_ends(table[name]) if name in table else "" for name, _ in columns)
+        yield f"| {code(change.name)} | {' | '.join(cells)} |"
+    if len(alike) > ROWS:
+        yield f"| {len(alike) - ROWS} more |{' |' * len(columns)}"
+    yield ""
+
+
+def _ends(figure: Figure) -> str:
+    before, after = (words.amount(number, figure.unit) for number in (figure.before, figure.after))
+    return f"{before}<br>→ {after}" if before != after else before
+
+
+def _measurements(change: Change, each: bool) -> Iterator[str]:
     moved = [one for one in change.measurements if one.state != "equal"]
+    if each and (moved or change.measured):
+        yield f"{code(change.name)}:\n"
     if moved:
         yield "| measured | before | after | |\n| --- | ---: | ---: | --- |"
         for one in moved:

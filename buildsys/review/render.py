@@ -50,7 +50,7 @@ def text(review: Review) -> Iterator[str]:
         yield from _whole(change) if whole else [_line(change)]
     if review.changes:
         yield f"in all: {words.work(review)}"
-        for one in review.sums:
+        for one in filter(words.differs, review.sums):
             before, after = (words.amount(number, one.unit) for number in (one.before, one.after))
             yield f"  {one.name:<34} {before:>14} -> {after:>14}  {words.shift(one)}"
     for note in review.notes:
@@ -78,7 +78,7 @@ def _whole(change: Change) -> Iterator[str]:
         yield f"  steps: {words.steps(change)}; {words.took(change)}"
     for step in change.steps:
         yield from _wrapped(f"{step.state:<7} {step.kind:<9} {step.title}: {step.why}")
-    for figure in (figure for figure in change.figures if figure.before != figure.after):
+    for figure in filter(words.differs, change.figures):
         before, after = (words.amount(number, figure.unit) for number in (figure.before, figure.after))
         yield f"  {figure.name:<34} {before:>14} -> {after:>14}  {words.shift(figure)}"
     for one in (one for one in change.measurements if one.state != "equal"):

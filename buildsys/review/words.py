@@ -16,7 +16,7 @@ def value(said: Any) -> str:
     text = (
         str(said).lower() if isinstance(said, bool) else "none" if said is None else _listed(said) if isinstance(said, list) else str(said)
     )
-    if len(text) == 64 and set(text) <= set("0123456789abcdef"):
+    if len(text) in (40, 64) and set(text) <= set("0123456789abcdef"):
         return text[:12]
     return text if len(text) <= LONG else f"{text[: LONG - 1]}…"
 
@@ -39,7 +39,7 @@ def shift(figure: Figure) -> str:
     """How far a figure moved."""
     if figure.before is None or figure.after is None:
         return "new" if figure.before is None else "gone"
-    if figure.before == figure.after:
+    if not differs(figure):
         return "same"
     if not figure.before:
         return "from 0"
@@ -66,10 +66,17 @@ def steps(change: Change) -> str:
     """How many run for certain, may run, and are kept."""
     runs = sum(step.state == "runs" for step in change.steps)
     unless = len(change.steps) - runs
-    said = [f"{runs} run" if runs != 1 else "1 runs"] if runs else []
-    said += [f"{unless} unless inputs come out equal"] if unless else []
+    said = [f"{runs} step{'s run' if runs != 1 else ' runs'}"] if runs else []
+    said += [f"{unless} run unless inputs come out equal"] if unless else []
     said += [f"{change.kept} kept"] if change.kept else []
-    return ", ".join(said) or "none"
+    return ", ".join(said) or "no steps"
+
+
+def differs(figure: Figure) -> bool:
+    """Whether a figure moved by more than a rounding would hide."""
+    if figure.before is None or figure.after is None or not figure.before:
+        return figure.before != figure.after
+    return abs(figure.after / figure.before - 1) >= 0.0005
 
 
 def took(change: Change) -> str:

@@ -52,7 +52,11 @@ TEAMS = {
     "lab": ("plain", "qwen", {"hotel": "a baseline", "india": "a baseline", "juliet": "a baseline", "kilo": "an old baseline"}),
 }
 WHEN = {"GIT_AUTHOR_DATE": "2026-01-02T03:04:05Z", "GIT_COMMITTER_DATE": "2026-01-02T03:04:05Z"}
-WHO = {f"GIT_{role}_{what}": f"someone{'@example.org' if what == 'EMAIL' else ''}" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+WHO = {
+    f"GIT_{role}_{what}": f"someone{'@example.org' if what == 'EMAIL' else ''}"
+    for role in ("AUTHOR", "COMMITTER")
+    for what in ("NAME", "EMAIL")
+}
 
 
 def git(folder: Path, *arguments: str) -> str:
