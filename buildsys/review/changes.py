@@ -6,7 +6,6 @@ base only those are read twice that extend it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from buildsys.plan import Plan
 from buildsys.recipe import PATH_KNOBS, Recipe
 from buildsys.review import effects
 from buildsys.review.base import OWN, Base
+from buildsys.review.effects import Taken
 from buildsys.review.found import KINDS, UNSET, Change, Figure, Gate, Kind, Knob, Review
 from buildsys.slots import modules
 from buildsys.step import Step, canonical
@@ -35,6 +35,7 @@ class Side:
 
     workspace: Workspace
     plan: Callable[[str], Plan]
+    taken: Callable[[Recipe, Plan], Taken | None] = lambda recipe, plan: None  # what the recipe's lock says of its last build
 
 
 def compare(now: Side, then: Side, base: Base, wanted: Callable[[str], bool] = lambda name: True) -> Review:
@@ -175,6 +176,8 @@ class _Comparison:
             self._known |= {step.planned_key: step for step in old.steps}
             steps, kept = effects.stepped(old.steps, new, {step.planned_key: None for step in old.steps})
             change = replace(change, steps=steps, kept=kept, figures=effects.figures(old, new))
+            ends = self.then.taken(before, old), self.now.taken(after, new)
+            change = replace(change, measurements=effects.measurements(*ends), measured=effects.measured(*ends))
         self._keep(change, old, new)
 
     def _added(self, name: str, after: Recipe, note: str = "", kind: Kind = "added") -> None:
@@ -373,7 +376,7 @@ def _knobs(before: Recipe, after: Recipe) -> Iterator[Knob]:
     old, new = (dict(_flat(resolved(recipe), ())) for recipe in (before, after))
     for where in dict.fromkeys((*old, *new)):
         was, now = old.get(where, UNSET), new.get(where, UNSET)
-        if json.dumps(was) != json.dumps(now):
+        if was != now or type(was) is not type(now):
             writer = after if where in new else before
             yield Knob(".".join(map(str, where)), was, now, writer.at(*where))
 

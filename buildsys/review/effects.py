@@ -7,6 +7,7 @@ before anything runs. After constructive traces, as store and `doit why` have th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from buildsys.history import UNLESS, Ingredients, changes
@@ -34,6 +35,15 @@ class Measured(Protocol):
     def low(self) -> float: ...
     @property
     def high(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a lock says of a verified build. `current`: its steps are those that the recipe plans now."""
+
+    measurements: Sequence[Measured]
+    on: str  # the GPU's name, or the processor's
+    current: bool
 
 
 # Steps
@@ -92,14 +102,21 @@ def _read(need: Need, files: Mapping[str, str]) -> dict[str, str]:
 
 def _own(step: Step, old: Step) -> Iterator[str]:
     """What differs in the step itself, in words."""
+    if (step.version, step.knobs) == (old.version, old.knobs) and [*_globs(step)] == [*_globs(old)]:
+        return
     now, last = (Ingredients(one.kind, one.title, one.planned_key, one.version, one.knobs, {}) for one in (step, old))
     yield from changes(now, last)
-    mine, theirs = ({need.role: sorted(need.files) for need in one.needs} for one in (step, old))
+    mine, theirs = (dict(_globs(one)) for one in (step, old))
     for role in sorted(mine.keys() | theirs.keys()):
         if role not in mine or role not in theirs:
             yield f"it {'reads' if role in mine else 'no longer reads'} {role}"
         elif mine[role] != theirs[role]:
             yield f"it reads other files of {role}"
+
+
+def _globs(step: Step) -> Iterator[tuple[str, list[str]]]:
+    """What it reads of its needs, by role."""
+    return ((need.role, sorted(need.files)) for need in step.needs)
 
 
 def _changed(step: Step, old: Step | None, plan: Plan, kept: set[str]) -> StepChange:
@@ -177,9 +194,11 @@ def _moved_gate(name: str, was: float | None, now: float | None, side: str) -> G
 # Measurements
 
 
-def measurements(before: Sequence[Measured], after: Sequence[Measured]) -> tuple[Moved, ...]:
+def measurements(before: Taken | None, after: Taken | None) -> tuple[Moved, ...]:
     """Two builds' numbers side by side. Only their intervals are known, so they are not paired: where these overlap, that is noise."""
-    old, new = ({(one.check, one.name): one for one in side} for side in (before, after))
+    if before is None or after is None:
+        return ()
+    old, new = ({(one.check, one.name): one for one in side.measurements} for side in (before, after))
     found = []
     for key in dict.fromkeys((*old, *new)):
         was, now = old.get(key), new.get(key)
@@ -188,6 +207,19 @@ def measurements(before: Sequence[Measured], after: Sequence[Measured]) -> tuple
         ends = tuple((each.value, each.low, each.high) if each is not None else None for each in (was, now))
         found.append(Moved(one.check, one.name, one.unit, ends[0], ends[1], _judged(was, now)))
     return tuple(found)
+
+
+def measured(before: Taken | None, after: Taken | None) -> str:
+    """What to know of these measurements before anybody believes them."""
+    if after is None and before is None:
+        return ""
+    if before is None or after is None:
+        return f"The {'base' if before is None else 'branch'} has no locked build: nothing measured to compare."
+    if not after.current:
+        return "The lock was written before this change: build it, then doit lock, to see what was measured of it."
+    alike = "The base's lock is older than its recipe. " if not before.current else ""
+    where = f"Measured on {after.on}" + (f", before on {before.on}: speed and memory do not compare" if before.on != after.on else "")
+    return f"{alike}{where}; intervals of 95%, not paired (locks hold no tokens): where they overlap, that is noise."
 
 
 def _judged(was: Measured | None, now: Measured | None) -> Literal["better", "worse", "within noise", "equal", "moved", "new", "gone"]:

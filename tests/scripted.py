@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import models
@@ -131,3 +132,27 @@ CHANGES: dict[str, Callable[[Path, str], None]] = {
     "deleted": lambda folder, revision: (folder / "recipes" / "lab" / "kilo.yaml").unlink(),
 }
 """What a pull request does, by name; each gets the folder and the dataset's newer commit."""
+
+
+@dataclass
+class Team:
+    """A repository on its branch `change`, where nothing is changed yet, and the hub that it knows."""
+
+    folder: Path
+    hub: HubServer
+    newer: str  # the dataset's newer commit
+    home: Path
+
+    def doit(self, *arguments: str, folder: Path | None = None) -> runs.Ran:
+        told = self.hub.environment() | {"HF_HOME": str(self.home), "HF_HUB_CACHE": str(self.home / "hub")}
+        return runs.doit(folder or self.folder, *arguments, **told)
+
+    def diff(self, *arguments: str, folder: Path | None = None) -> runs.Ran:
+        return self.doit("diff", "base=main", "threads=2", "device=cpu", *arguments, folder=folder)
+
+    def changed(self, name: str, to: Path) -> Path:
+        """The repository elsewhere, with one change committed on its branch."""
+        folder = runs.copy(self.folder, to, built=False)
+        CHANGES[name](folder, self.newer)
+        commit(folder, name)
+        return folder
