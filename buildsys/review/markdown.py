@@ -142,9 +142,9 @@ def _details(alike: list[Change]) -> Iterator[str]:
     if change.errors:
         yield "\n".join(f"- {code(error)}" for error in change.errors) + "\n"
     if change.knobs:
-        yield "| knob | before | after | written in |\n| --- | --- | --- | --- |"
+        yield "| knob, and where it is written | before | after |\n| --- | --- | --- |"
         for knob in change.knobs:
-            yield f"| {code(knob.key)} | {code(words.value(knob.before))} | {code(words.value(knob.after))} | {code(knob.where)} |"
+            yield f"| {code(knob.key)}<br>{code(knob.where)} | {code(words.value(knob.before))} | {code(words.value(knob.after))} |"
         yield ""
     if change.files:
         yield f"Content changed: {', '.join(map(code, change.files))}.\n"
