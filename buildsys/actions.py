@@ -32,6 +32,20 @@ def check(workspace: Workspace) -> list[str]:
     return [*lines, f"{count}, no mistakes{f'; {len(lines)} unlocked: what they name may change' if lines else ''}"]
 
 
+def lock(session: Session, names: list[str] | None, said: Mapping[str, str], check: bool) -> Iterator[str]:
+    """Writes locks, or with `check` says whether they still fit (of all recipes, where none is named)."""
+    from buildsys import relock
+
+    _here(session.workspace)
+    if not check:
+        assert names is not None
+        yield from relock.lock(session, names, said)
+        return
+    if "refresh" in said:
+        raise BuildError("refresh", "does not go with check", "leave one of the two out")
+    yield from relock.check(session, names)
+
+
 def _here(workspace: Workspace) -> None:
     """A wrong folder has no mistakes and needs nothing: to say so, or to drop a store for it, would be wrong."""
     if not (workspace.root / "recipes").is_dir():

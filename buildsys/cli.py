@@ -127,6 +127,11 @@ def reproduce(session: Session, recipes: list[str], said: Said) -> Iterable[str]
     return anew(session, recipes, said)
 
 
+def lock(session: Session, recipes: list[str], said: Said) -> Iterable[str]:
+    """pin what a recipe names and remember its last verified build, in RECIPE.lock beside it; --check: does it still fit?"""
+    return actions.lock(session, recipes or None, said, "check" in said)
+
+
 def serve(session: Session, recipes: list[str], said: Said) -> Iterable[str]:
     """run the recipe's engine with its own settings, until Ctrl-C"""
     from buildsys import live
@@ -156,7 +161,7 @@ def web(session: Session, recipes: list[str], said: Said) -> Iterable[str]:
 
 
 ALL: tuple[Command, ...] = (names, check, schema, gc, verify, diff, impact)
-EACH: tuple[Command, ...] = (plan, build, why, forget, clean, publish, report, reproduce, compare, serve, chat, bench, web)
+EACH: tuple[Command, ...] = (plan, build, why, forget, clean, publish, report, reproduce, compare, serve, chat, bench, web, lock)
 
 OPTIONS: dict[str, tuple[Command, ...]] = {
     "threads": (build, publish, report, reproduce, diff),
@@ -165,6 +170,9 @@ OPTIONS: dict[str, tuple[Command, ...]] = {
     "key": (build, publish, verify),
     "dry": (publish,),
     "to": (publish,),
+    "check": (lock,),
+    "refresh": (lock,),
+    "locked": (plan, why, build, publish),
     "path": (verify,),
     "repo": (verify,),
     "revision": (verify,),
@@ -178,6 +186,7 @@ OPTIONS: dict[str, tuple[Command, ...]] = {
     "keep": (reproduce,),
     "against": (reproduce,),
 }
+FLAGS = ("dry", "keep", "check", "refresh")
 HELP = {
     "threads": "threads of a step (all processors)",
     "batch": "sequences prefetched at a time; changes speed and memory, never a result",
@@ -185,6 +194,9 @@ HELP = {
     "key": "a file: the private key that signs, or the public key that signatures are checked with",
     "dry": "say what would be sent; build and send nothing",
     "to": "build nothing: go back to the earlier release of this digest",
+    "check": "write nothing; fail where a lock no longer fits",
+    "refresh": "ask hubs anew where branches and tags point",
+    "locked": "required: refuse what is other than locked",
     "path": "a model's folder",
     "repo": "a repository of the Hugging Face hub, ORG/NAME",
     "revision": "of the repository: a branch, a tag or a commit (main)",
@@ -211,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise BuildError(f"--{name}", "is empty", "give it a value, or leave it out")
         session = Session(Workspace(Path.cwd()), Store(), Settings.read(how), console)
         try:
-            recipes = session.workspace.find(",".join(said.recipes)) if said.command in EACH else []
+            recipes = session.workspace.find(",".join(said.recipes)) if said.command in EACH and said.recipes else []
             for line in said.command(session, recipes, how):
                 console.line(line)
         finally:
@@ -240,9 +252,9 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
         sub.set_defaults(command=command)
         if command in EACH:
-            sub.add_argument("recipes", nargs="+", metavar="RECIPE", help="a name, a glob or a path")
+            sub.add_argument("recipes", nargs="*" if command is lock else "+", metavar="RECIPE", help="a name, a glob or a path")
         for option in (option for option, commands_with_it in OPTIONS.items() if command in commands_with_it):
-            sub.add_argument(f"--{option}", help=HELP[option], action="store_true" if option in ("dry", "keep") else "store")
+            sub.add_argument(f"--{option}", help=HELP[option], action="store_true" if option in FLAGS else "store")
     return parser
 
 

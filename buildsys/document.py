@@ -110,15 +110,15 @@ def scalar(text: str) -> Any:
 class _Walk:
     """Turns one file's nodes into data, once, and notes the line of each key and list item."""
 
-    def __init__(self, file: str) -> None:
-        self.file = file
+    def __init__(self, file: str, noun: str = "recipe", most: int = MAX_NODES) -> None:
+        self.file, self.noun, self.most = file, noun, most
         self.nodes = 0
         self.origins: dict[Where, Origin] = {}
 
     def value(self, node: yaml.Node, where: Where) -> Any:
         self.nodes += 1
-        if self.nodes > MAX_NODES or len(where) > MAX_DEPTH:
-            limit = f"{MAX_NODES:,} values" if self.nodes > MAX_NODES else f"{MAX_DEPTH} levels of nesting"
+        if self.nodes > self.most or len(where) > MAX_DEPTH:
+            limit = f"{self.most:,} values" if self.nodes > self.most else f"{MAX_DEPTH} levels of nesting"
             what = f"holds more than {limit} once its aliases are expanded"
             raise self.refusal(node, what, "write the values out without aliases (*name)")
         tag = node.tag
@@ -127,7 +127,7 @@ class _Walk:
         if tag == "quoted":
             return node.value
         if tag != "collection":
-            raise self.refusal(node, f"has the tag {_tag(tag)}; a recipe is plain data", "remove the tag, or put the value in quotes")
+            raise self.refusal(node, f"has the tag {_tag(tag)}; a {self.noun} is plain data", "remove the tag, or put the value in quotes")
         if isinstance(node, yaml.SequenceNode):
             return [self.item(child, (*where, index)) for index, child in enumerate(node.value)]
         return self.mapping(node, where)
@@ -164,9 +164,9 @@ class _Walk:
         return BuildError(f"{self.file}:{node.start_mark.line + 1}", what, fix)
 
 
-def read(path: Path, name: str) -> Document:
-    """One file, nothing merged yet. `name` is what errors and origins call it."""
-    text = _text(path, name)
+def read(path: Path, name: str, noun: str = "recipe", max_bytes: int = MAX_BYTES, max_nodes: int = MAX_NODES) -> Document:
+    """One file, nothing merged yet. `name` is what errors and origins call it, `noun` what kind of file it is."""
+    text = _text(path, name, noun, max_bytes)
     parser = _Parser(text)
     try:
         node = parser.get_single_node()
@@ -180,21 +180,21 @@ def read(path: Path, name: str) -> Document:
         parser.dispose()
     if not isinstance(node, yaml.MappingNode):
         held = "nothing" if node is None else "a list" if isinstance(node, yaml.SequenceNode) else "one value"
-        raise BuildError(f"{name}:1", f"holds {held}; a recipe is a mapping of keys", "write `schema: 1` and the other keys, one a line")
-    walk = _Walk(name)
+        raise BuildError(f"{name}:1", f"holds {held}; a {noun} is a mapping of keys", "write `schema: 1` and the other keys, one a line")
+    walk = _Walk(name, noun, max_nodes)
     data = walk.value(node, ())
     walk.origins[()] = Origin(name, 1)
     return Document(data, walk.origins)
 
 
-def _text(path: Path, name: str) -> str:
+def _text(path: Path, name: str, noun: str, max_bytes: int) -> str:
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise BuildError(name, f"cannot be read: {error.strerror}", "check that it is a file that you may read") from None
-    if len(raw) > MAX_BYTES:
-        what = f"holds {len(raw):,} bytes, more than the {MAX_BYTES:,} that a recipe may"
-        raise BuildError(name, what, "move data out of the recipe into files of their own")
+    if len(raw) > max_bytes:
+        what = f"holds {len(raw):,} bytes, more than the {max_bytes:,} that a {noun} may"
+        raise BuildError(name, what, f"move data out of the {noun} into files of their own")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

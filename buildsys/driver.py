@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args
 
 from buildsys import console as show
+from buildsys import locking
 from buildsys.console import Console
 from buildsys.errors import BuildError, BuildErrors
 from buildsys.history import History, Ingredients
@@ -30,6 +31,7 @@ from buildsys.worker import STEPS, Device, Job, Workers, perform
 
 if TYPE_CHECKING:
     from buildsys.finder import Finder
+    from buildsys.locked import Locked
     from buildsys.plan import Plan
     from buildsys.recipe import Recipe
     from buildsys.release.facts import Facts
@@ -49,6 +51,7 @@ class Settings:
     batch: int = BATCH
     device: Device = "auto"
     key: str | None = None  # a file with the private key that signs releases
+    locked: str | None = None  # "required": nothing is built that is other than its lock says
 
     @classmethod
     def read(cls, said: Mapping[str, str]) -> Settings:
@@ -56,7 +59,12 @@ class Settings:
         device = next((known for known in DEVICES if known == asked), None)
         if device is None:
             raise BuildError(f"device={asked}", "is no kind of device", f"say one of {', '.join(DEVICES)}")
-        return cls(_count("threads", said, _processors()), _count("batch", said, BATCH), device, said.get("key"))
+        locked = said.get("locked") or os.environ.get("BUILDSYS_LOCKED") or None
+        if locked not in (None, "required"):
+            raise BuildError(
+                f"locked={locked}", "is nothing that a lock can be", "say locked=required, or leave it (and BUILDSYS_LOCKED) out"
+            )
+        return cls(_count("threads", said, _processors()), _count("batch", said, BATCH), device, said.get("key"), locked)
 
 
 def _processors() -> int:
@@ -91,6 +99,7 @@ class Session:
 
     def __init__(self, workspace: Workspace, store: Store, settings: Settings, console: Console, steps: str = STEPS) -> None:
         self.workspace, self.store, self.settings, self.console = workspace, store, settings, console
+        self.locks = locking.Locks(workspace.root)
         self.plans: dict[str, Plan] = {}
         self.outcomes: dict[str, Outcome] = {}  # by planned key
         self.verdicts: dict[str, tuple[Verdict, ...]] = {}  # by recipe
@@ -120,15 +129,10 @@ class Session:
 
     def attempt(self, names: Iterable[str]) -> dict[str, tuple[BuildError, ...]]:
         """Plans what can be planned; why the others cannot be, by name."""
-        from buildsys.deployment import needs_engine
-        from buildsys.plan import plan
-
         refused: dict[str, tuple[BuildError, ...]] = {}
         for name in (name for name in names if name not in self.plans):
             try:
-                recipe, settings = self.workspace.load(name), self.settings
-                beside = {"host": self._host} if needs_engine(recipe) else {}
-                made = plan(recipe, self.store, settings.threads, device=settings.device, finder=self.finder, **beside)
+                made = self._as_locked(self.workspace.load(name))
             except BuildErrors as several:
                 refused[name] = several.errors
             except BuildError as error:
@@ -136,6 +140,23 @@ class Session:
             else:
                 self.plans[name] = made
         return refused
+
+    def _as_locked(self, recipe: Recipe) -> Plan:
+        """The recipe's plan, from its lock where there is one; where it is other than locked, it says so or is refused."""
+        locked = self.locks.of(recipe)
+        plan = self.planned(recipe, locked)
+        must = locking.required(recipe, self.settings.locked)
+        if locked is None and not must:
+            return plan
+        return replace(plan, notes=(*plan.notes, *locking.held(plan, self.locks, locked, must)))
+
+    def planned(self, recipe: Recipe, locked: Locked | None) -> Plan:
+        """The recipe's plan; what floats is what `locked` says."""
+        from buildsys.deployment import needs_engine
+        from buildsys.plan import NOBODY_LOOKED, plan
+
+        host = self._host if needs_engine(recipe) else NOBODY_LOOKED
+        return plan(recipe, self.store, self.settings.threads, host, self.settings.device, self.finder, locked)
 
     def steps(self, name: str) -> tuple[Step, ...]:
         """What a build of the recipe runs, needs first: everything but publishing."""

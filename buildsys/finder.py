@@ -43,12 +43,14 @@ class Finder:
         answer: Answer = self._answers[key]
         return answer
 
-    def located(self, recipe: Recipe, where: tuple[str, ...], chosen: Choice) -> Located:
-        """The files of the recipe's choice at `where`; what is wrong with them is told at the recipe's own line."""
+    def located(self, recipe: Recipe, where: tuple[str, ...], chosen: Choice, revision: str = "") -> Located:
+        """The files of the recipe's choice at `where`; what is wrong with them is told at the recipe's own line. `revision` is asked for
+        in the place of the choice's own."""
+        knobs = chosen.knobs.model_copy(update={"revision": revision}) if revision else chosen.knobs
         folder, home = recipe.folder(*where), self.store.home / "hub"
-        key = ("located", chosen.slot, chosen.name, chosen.knobs.model_dump_json(), folder)
+        key = ("located", chosen.slot, chosen.name, knobs.model_dump_json(), folder)
         try:
-            found: Located = self.once(key, lambda: chosen.module.locate(chosen.knobs, folder, home))
+            found: Located = self.once(key, lambda: chosen.module.locate(knobs, folder, home))
         except BuildError as error:
             raise BuildError(recipe.at(*where, chosen.name), f"{error.where}: {error.what}", error.fix) from None
         return found

@@ -14,12 +14,14 @@ from buildsys.errors import BuildError
 from buildsys.finder import Finder
 from buildsys.linears import Linears
 from buildsys.located import Located
+from buildsys.locked import Locked, Pinned
 from buildsys.measurement import scores_file
 from buildsys.quant import VERSION as QUANT
 from buildsys.recipe import Recipe
 from buildsys.serving.settings import PROFILE
 from buildsys.slots import Choice, modules
 from buildsys.step import Need, Step
+from buildsys.store import Store
 from buildsys.survey import Survey
 
 if TYPE_CHECKING:
@@ -53,6 +55,38 @@ VERSIONS = MappingProxyType(
 """Of the steps' own glue in steps.py; arithmetic, methods, formats and checks have VERSIONs of their own, which are in the keys too."""
 
 
+def located(finder: Finder, recipe: Recipe, where: tuple[str, ...], chosen: Choice, pinned: Pinned | None = None) -> Located:
+    """The files of the recipe's choice at `where`; what is wrong with them is told at the recipe's own line.
+
+    `pinned` is what the recipe's lock says of it: where the recipe still says the same, the commit there is asked for, and where the hub
+    cannot be reached the lock answers.
+    """
+    if pinned is None or not pinned.pin or not pinned.fits(chosen):
+        return finder.located(recipe, where, chosen)
+    try:
+        return finder.located(recipe, where, chosen, pinned.pin)
+    except BuildError as error:
+        why, name = error.what, str(chosen.knobs.model_dump().get("repo") or chosen.name)
+        key = ("from lock", chosen.slot, chosen.name, pinned.model_dump_json())
+        return finder.once(key, lambda: _from_lock(pinned, name, finder.store, why))
+
+
+def _from_lock(pinned: Pinned, named: str, store: Store, why: str) -> Located:
+    """What a lock knows of files that cannot be asked for; where a build has fetched them before, the files themselves."""
+    pin = f"{named} at {pinned.pin[:12]}"
+    fetch = Step("fetch", "", VERSIONS["fetch"], {"files": dict(pinned.files)})
+    artifact = store.find(fetch.planned_key)  # it needs nothing, so its planned key is its real one
+    if artifact is not None:
+        files = {name: store.path(artifact, name) for name in pinned.files}
+        return Located(files, sha256=pinned.files, commit=pinned.pin, pin=pin)
+    return Located({}, pinned.files, pinned.sizes, how={"unreachable": why, "pin": pin}, lacks=why, commit=pinned.pin, pin=pin)
+
+
+def text_of(recipe: Recipe, section: str) -> tuple[str, Choice]:
+    """The dataset of `calibration` or `verify`, and the key that names it there."""
+    return ("dataset", recipe.calibration.dataset) if section == "calibration" else ("text", recipe.verify.text)
+
+
 def scored_policies(recipe: Recipe) -> tuple[gpus.KvPolicy, ...]:
     """KV policies that are scored beside none: those that the kv check names, and the recipe's own."""
     own, named = recipe.kv_cache.policy, recipe.verify.checks.get("kv")
@@ -73,6 +107,7 @@ class Graph:
     layers: Linears
     finder: Finder
     located: Located  # the source's files
+    locked: Locked | None = None  # the recipe's lock
     allocated: Step | None = None  # chooses each linear's bits, where the recipe leaves that open
 
     def _step(self, kind: str, title: str, knobs: Mapping[str, Any], *needs: Need, **more: Any) -> Step:
@@ -103,11 +138,18 @@ class Graph:
         title = f"{what} ({name}{' ' + found.pin if found.pin else ''})"
         return self._step("fetch", title, {"files": files}, heavy=bool(found.how), hints=hints, promises=files)
 
-    def tokens(self, section: str, source: Step) -> Step:
+    def text(self, section: str) -> Located | None:
+        """The files of one of the recipe's two texts; None: the model writes it."""
+        key, dataset = text_of(self.recipe, section)
+        if dataset.module.READS == "model":
+            return None
+        pinned = None if self.locked is None else self.locked.calibration if section == "calibration" else self.locked.text
+        return located(self.finder, self.recipe, (section, key), dataset, pinned)
+
+    def tokens(self, section: str, source: Step, found: Located | None) -> Step:
         """Windows of one of the recipe's two texts; files are fetched first where the dataset has any."""
         asked = self.recipe.calibration if section == "calibration" else self.recipe.verify
-        key = "dataset" if section == "calibration" else "text"
-        dataset: Choice = getattr(asked, key)
+        key, dataset = text_of(self.recipe, section)
         module, written = dataset.module, dataset.knobs.model_dump(exclude=set(dataset.module.PLACES))
         knobs = {
             "dataset": {"name": dataset.name, "version": module.VERSION, "knobs": written},
@@ -116,12 +158,11 @@ class Graph:
             "seed": asked.seed,
         }
         where = self.recipe.at(section, "samples")
-        if module.READS == "model":
+        if found is None:
             knobs |= {"model": self.surveyed.computed, "quant": QUANT}
             needs = [Need("source", source, WEIGHTS)]
         else:
             knobs |= {"vocab_size": self.surveyed.architecture.vocab_size}
-            found = self.finder.located(self.recipe, (section, key), dataset)
             text = self.fetch(f"{section} text", "datasets", dataset.name, found)
             if module.READS == "chat":
                 fix = "use text_files for a base model, or the chat model of its family as the source"
@@ -133,7 +174,8 @@ class Graph:
     def _has_template(self, section: str, key: str, needed: str, fix: str) -> None:
         from buildsys.io.chat import has_template
 
-        if not has_template(self.located.files):
+        known = self.locked.model.template if self.located.lacks and self.locked is not None else has_template(self.located.files)
+        if not known:
             raise BuildError(self.recipe.at(section, key), f"the model has no chat template, and {needed}", fix)
 
     def _tokenizer(self, chat: bool) -> tuple[str, ...]:

@@ -134,10 +134,10 @@ def change(name: str, old: Any, new: Any) -> str:
     """One knob's old and new value, in a few words."""
     if all(isinstance(value, str) and SHA256.fullmatch(value) for value in (old, new)):
         return f"{name} changed ({old[:8]} -> {new[:8]})"
-    return f"{name} {_shown(old)} -> {_shown(new)}"
+    return f"{name} {shown(old)} -> {shown(new)}"
 
 
-def _shown(value: Any) -> Any:
+def shown(value: Any) -> Any:
     if isinstance(value, list) and len(value) > MOST:
         return f"[{value[0]}, … {len(value)} in all]"
     return value[:12] if isinstance(value, str) and SHA256.fullmatch(value) else value

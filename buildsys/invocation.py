@@ -18,12 +18,12 @@ from buildsys.store import Store
 from buildsys.workspace import Workspace
 
 TASKS = (
-    *("bench", "build", "chat", "check", "compare", "diff", "gc", "impact", "plan", "publish", "report", "reproduce"),
+    *("bench", "build", "chat", "check", "compare", "diff", "gc", "impact", "lock", "plan", "publish", "report", "reproduce"),
     *("serve", "test", "verify", "web", "why"),
 )
 COMMANDS = frozenset({"run", "list", "info", "clean", "forget", "help", "ignore", "dumpdb", "strace", "tabcompletion", "resetdep"})
 VARIABLES = {
-    "recipe": ("bench", "build", "chat", "diff", "forget", "plan", "publish", "report", "reproduce", "serve", "web", "why"),
+    "recipe": ("bench", "build", "chat", "diff", "forget", "lock", "plan", "publish", "report", "reproduce", "serve", "web", "why"),
     "recipes": ("compare",),
     "threads": ("build", "diff", "plan", "publish", "report", "reproduce"),
     "batch": ("build", "publish", "report", "reproduce"),
@@ -31,6 +31,8 @@ VARIABLES = {
     "key": ("build", "publish", "verify"),
     "dry": ("publish",),
     "to": ("publish",),
+    "refresh": ("lock",),
+    "locked": ("build", "plan", "publish", "why"),
     "path": ("verify",),
     "repo": ("verify",),
     "revision": ("verify",),

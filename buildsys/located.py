@@ -16,6 +16,8 @@ class Located:
     sha256: Mapping[str, str] = field(default_factory=dict)  # as far as it is known without reading: a hub tells it
     sizes: Mapping[str, int] = field(default_factory=dict)  # bytes of the files that are not here yet
     how: Mapping[str, Any] = field(default_factory=dict)  # plain JSON that `fetch` understands, never a secret; empty: all are here
+    lacks: str = ""  # why its files cannot be had now: it is known from a lock alone, and nothing of it can be read
+    commit: str = ""  # of a hub, in full: asking for it again finds the same files
     pin: str = ""  # what was found, for people: `internlm/internlm2_5-7b-chat at 9b8d9553846b`
 
     @property

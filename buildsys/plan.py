@@ -11,15 +11,16 @@ from buildsys import effort, footprint, gpus
 from buildsys.deployment import engine, engine_check, serves, target_gpu
 from buildsys.errors import BuildErrors
 from buildsys.finder import Finder
-from buildsys.graph import Graph, scored_policies
+from buildsys.graph import Graph, located, scored_policies
 from buildsys.linears import Linears
 from buildsys.located import Located
+from buildsys.locked import Locked
 from buildsys.misfits import backend_misfits, misfits, ungated, unmeasured
 from buildsys.recipe import Recipe
 from buildsys.scheme import Schemes
 from buildsys.step import Step, walk
 from buildsys.store import Store
-from buildsys.survey import Survey
+from buildsys.survey import Survey, recall
 
 if TYPE_CHECKING:
     from buildsys.serving.host import Host
@@ -41,6 +42,7 @@ class Plan:
     measures: tuple[tuple[str, Step], ...]
     generated: Step | None  # both models' answers to the recipe's prompts; only a report runs it
     source: Located
+    texts: Mapping[str, Located]  # of calibration and verify, where they are not the model's own
     building: effort.Building
     serving: footprint.Serving | None  # None: the recipe names no target
     notes: tuple[str, ...]
@@ -58,22 +60,27 @@ def plan(
     host: Host | str = NOBODY_LOOKED,
     device: Literal["auto", "cpu", "cuda"] = "cpu",
     finder: Finder | None = None,
+    locked: Locked | None = None,
 ) -> Plan:
     """The graph of `recipe`; `threads` and `device` tell only how long it takes, `host` what can run an engine here, or why nothing can.
-    Whoever plans several recipes in one command hands the same `finder` to each. Raises BuildErrors with every misfit of the recipe and its
-    model."""
+    Whoever plans several recipes in one command hands the same `finder` to each. What floats is what `locked`, the recipe's lock, says.
+    Raises BuildErrors with every misfit of the recipe and its model."""
     finder = Finder(store) if finder is None else finder
-    source = finder.located(recipe, ("source",), recipe.source)
-    surveyed = finder.survey(source)
+    source = located(finder, recipe, ("source",), recipe.source, locked.source if locked is not None else None)
+    if source.lacks and locked is not None:
+        model = locked.model
+        surveyed = finder.once(("recalled", id(source)), lambda: recall(model, recipe.at("source")))
+    else:
+        surveyed = finder.survey(source)
     layers, errors = finder.linears(recipe, surveyed)
     served_as = partial(finder.serving, recipe, surveyed, layers.schemes)
     errors += [*misfits(recipe, surveyed, layers.schemes, served_as), *backend_misfits(recipe, surveyed, layers.schemes)]
     if errors:
         raise BuildErrors(errors)
-    graph = Graph(recipe, surveyed, layers, finder, source)
+    graph = Graph(recipe, surveyed, layers, finder, source, locked)
     fetched = graph.fetch("source", "sources", recipe.source.name, source)
-    calibration = graph.tokens("calibration", fetched)
-    text = graph.tokens("verify", fetched)
+    texts = {section: found for section in ("calibration", "verify") if (found := graph.text(section)) is not None}
+    calibration, text = (graph.tokens(section, fetched, texts.get(section)) for section in ("calibration", "verify"))
     disjoint = graph.disjoint(calibration, text)
     calibrated = graph.calibrate(fetched, calibration, disjoint)
     if recipe.quantization.mixed is not None:
@@ -95,12 +102,14 @@ def plan(
         measures=measures,
         generated=graph.generate(fetched, packed, source.names),
         source=source,
+        texts=texts,
         building=builds(recipe, surveyed, layers.schemes, _speed(recipe, threads, device), finder),
         serving=served_as(),
         notes=(
             *engine(recipe, surveyed)[1],
             *ungated(recipe),
             *unmeasured(recipe, surveyed),
+            *(f"planned from the lock: {lacks}" for lacks in dict.fromkeys(one.lacks for one in (source, *texts.values())) if lacks),
             *(f"verify.{name} is skipped here: {why}" for name, why in skipped.items()),
         ),
         skipped=skipped,

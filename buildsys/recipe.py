@@ -210,6 +210,9 @@ class Recipe(Frozen):
     publish: Publish = Field(default_factory=Publish, description="where `doit publish` sends the artifact")
 
     report: Report = Field(default_factory=Report, description="what `doit report` shows beside numbers")
+    locked: Literal["required"] | None = Field(
+        default=None, description="required: nothing is built that is other than the recipe's lock says"
+    )
 
     _name: str = PrivateAttr("")
     _root: Path = PrivateAttr(Path())

@@ -63,6 +63,9 @@ def _here(request: Request, expected: Mapping[str, str], progress: Progress) -> 
     hints = request.hints
     if "how" not in hints:
         return {name: Path(path) for name, path in hints["paths"].items()}
+    if "unreachable" in hints["how"]:
+        what = f"its files are known from the lock alone, and cannot be fetched now: {hints['how']['unreachable']}"
+        raise BuildError(str(hints["how"]["pin"]), what, "go online, or build where an earlier build has fetched them")
     brought: Mapping[str, Path] = modules(hints["slot"])[hints["module"]].fetch(hints["how"], expected, progress)
     return brought
 

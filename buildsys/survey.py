@@ -15,6 +15,7 @@ from typing import Any
 from buildsys.architecture import Architecture
 from buildsys.errors import BuildError
 from buildsys.io import headers
+from buildsys.locked import Model, collapsed
 from buildsys.slots import modules
 
 FLOATS = ("F16", "BF16", "F32")
@@ -87,6 +88,18 @@ def survey(files: Mapping[str, Path], sizes: Mapping[str, int] = MappingProxyTyp
         folder = str(files["config.json"].parent)
         raise BuildError(folder, f"has no {' or '.join(TOKENIZERS)}", "add the model's tokenizer to its folder")
     return Survey(architecture, module.VERSION, module.TURBOMIND, config, tokenizer)
+
+
+def recall(model: Model, where: str) -> Survey:
+    """The survey of a model of which only a lock knows, held against the shapes that the lock has. Raises BuildError."""
+    architecture, module = describe(model.config, where)
+    for name, expected in collapsed({name: ("", shape) for name, shape in architecture.tensors().items()}).items():
+        found = model.tensors.get(name)
+        if found is None or (found.shape, found.count) != (expected.shape, expected.count):
+            said = "none" if found is None else f"{found.count} of {list(found.shape)}"
+            what = f"the lock has {said} of tensor {name}; its config says {expected.count} of {list(expected.shape)}"
+            raise BuildError(where, what, "write the lock anew with `doit lock` where the model can be reached")
+    return Survey(architecture, module.VERSION, module.TURBOMIND, model.config, model.tokenizer)
 
 
 def check_tensors(architecture: Architecture, files: Mapping[str, Path], sizes: Mapping[str, int] = MappingProxyType({})) -> None:

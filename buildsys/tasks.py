@@ -33,6 +33,7 @@ __all__ = [
     "task_diff",
     "task_gc",
     "task_impact",
+    "task_lock",
     "task_plan",
     "task_publish",
     "task_report",
@@ -185,6 +186,12 @@ def _reproduce_tasks() -> Iterator[Task]:
     yield _plain("reproduce", (_act, [_reproduce]), doc=_reproduce_tasks.__doc__)
 
 
+def _lock_tasks() -> Iterator[Task]:
+    """recipe=NAME [refresh=1]: pin what it names, with its last verified build, in NAME.lock; --check: does every lock still fit?"""
+    check = {"name": "check", "long": "check", "type": bool, "default": False, "help": "write nothing; fail where a lock no longer fits"}
+    yield _plain("lock", _lock_or_check, doc=_lock_tasks.__doc__, params=[check])
+
+
 def _check_tasks() -> Iterator[Task]:
     """every recipe: valid? file:line, what, fix"""
     yield _plain("check", (_act, [_check]), doc=_check_tasks.__doc__)
@@ -239,6 +246,10 @@ def task_check() -> Iterator[Task]:
 
 def task_diff() -> Iterator[Task]:
     return _creator(_diff_tasks)()
+
+
+def task_lock() -> Iterator[Task]:
+    return _creator(_lock_tasks)()
 
 
 def task_gc() -> Iterator[Task]:
@@ -393,6 +404,15 @@ def _alone(run: Run, task: str, do: Callable[[Session, list[str], Mapping[str, s
     if threading.current_thread() is not threading.main_thread():  # Ctrl-C reaches the main thread, and a terminal is one person's
         raise BuildError(f"doit -n {task}", "runs alone", "leave -n away")
     return do(run.session, run.asked(task), run.line.said)
+
+
+def _lock_or_check(check: bool) -> TaskFailed | None:
+    return _act(_lock, check)
+
+
+def _lock(run: Run, check: bool) -> Iterable[str]:
+    names = None if check and "recipe" not in run.line.said else run.asked("lock")
+    return actions.lock(run.session, names, run.line.said, check)
 
 
 def _check(run: Run) -> Iterable[str]:

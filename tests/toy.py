@@ -93,10 +93,12 @@ class Workspace(workspace.Workspace):
         at = lambda *where: f"recipes/{path.name}:1"  # noqa: E731
         publish = SimpleNamespace(waive=(), publishers={name: directory.Knobs(path=to) for name, to in graph.get("publish", {}).items()})
         folder = lambda *where: self.root  # noqa: E731
-        return SimpleNamespace(name=name, graph=graph, at=at, folder=folder, verify=SimpleNamespace(checks=checks), publish=publish)
+        return SimpleNamespace(
+            name=name, file=path, locked=None, graph=graph, at=at, folder=folder, verify=SimpleNamespace(checks=checks), publish=publish
+        )
 
 
-def plan(recipe: Any, store: Any, threads: int = 2, **more: Any) -> Any:
+def plan(recipe: Any, store: Any, *more: Any) -> Any:
     graph = recipe.graph
     made: dict[str, Step] = {}
     for name, said in graph["steps"].items():

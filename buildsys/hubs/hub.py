@@ -52,6 +52,7 @@ def locate(listing: Listing, names: Iterable[str], home: Path, whole: Collection
         sha256={name: sha256 for name, (_, sha256) in here.items()},
         sizes=away,
         how=_how(listing, wanted) if away else {},
+        commit=listing.commit,
         pin=f"{listing.repo.id} at {listing.commit[:12]}",
     )
 

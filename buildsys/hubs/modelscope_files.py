@@ -108,7 +108,7 @@ def locate(listing: Listing, names: Iterable[str], home: Path) -> Located:
     found = {name: file.sha256 or digests.sha256(files[name]) for name, file in chosen.items()}
     how = {"repo": listing.repo, "revision": listing.revision, "sizes": {name: file.size for name, file in chosen.items()}}
     pin = f"{listing.repo} at {listing.commit[:12] or listing.asked}"
-    return Located(files, found, away, how, pin)
+    return Located(files, found, away, how, commit=listing.commit, pin=pin)
 
 
 def _readable(client: Client, listing: Listing, name: str, home: Path, away: bool) -> Path:

@@ -21,6 +21,7 @@ from typing import Any
 from buildsys.errors import BuildError
 from buildsys.io import template
 from buildsys.io.added_tokens import named, read_json
+from buildsys.step import digest
 
 FILES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json", "special_tokens_map.json")
 """Of a model: those that say how its conversations are written. The first that has a template is the one."""
@@ -124,6 +125,13 @@ def has_template(files: Mapping[str, Path], where: str = "source") -> bool:
     return "chat_template.jinja" in files or any(
         read_json(files, name, where).get("chat_template") for name in ("tokenizer_config.json", "chat_template.json")
     )
+
+
+def fingerprint(files: Mapping[str, Path], where: str = "source") -> str:
+    """Digest of the model's chat templates; "" where there is none. Which file holds them does not matter."""
+    if not has_template(files, where):
+        return ""
+    return digest(_templates(files, read_json(files, "tokenizer_config.json", where), where)[0])
 
 
 def _templates(files: Mapping[str, Path], config: Mapping[str, Any], where: str) -> tuple[dict[str, str], str]:

@@ -21,7 +21,7 @@ from buildsys.recipe import PATH_KNOBS, Recipe
 def resolved(recipe: Recipe) -> dict[str, Any]:
     """Every value that decides the artifact, under the names that a recipe writes. Plain JSON; equal for equal recipes on every machine."""
     # A choice that was not made is None, as is a limit that was not set; no recipe can write None as a value.
-    said: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"publish", "report"})
+    said: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"publish", "report", "locked"})
     return {key: _portable(value, (key,), recipe) for key, value in said.items()}
 
 
