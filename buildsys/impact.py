@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 from buildsys import console as show
@@ -45,6 +46,14 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Recorded:
+    """What a lock tells of a build that this store does not have: versions of its tools, and the GPU or processor that it ran on."""
+
+    versions: Mapping[str, str]
+    on: str
+
+
+@dataclass(frozen=True)
 class Touched:
     """One recipe. `least` and `most`: to verify and to build again (upgrade); what is bumped alone, and with all after it (base)."""
 
@@ -72,24 +81,30 @@ class Impact:
     said: tuple[str, ...] = ()  # before the table
 
 
-def upgrade(session: Session, names: Sequence[str], said: str) -> Impact:
-    """Recipes whose steps ran under another version of a tool. `said`: torch==2.14.0. A local part (+cpu) counts where it is asked for."""
+def upgrade(session: Session, names: Sequence[str], said: str, locked: Mapping[str, Recorded] = MappingProxyType({})) -> Impact:
+    """Recipes whose steps ran under another version of a tool. `said`: torch==2.14.0. A local part (+cpu) counts where it is asked for.
+    `locked`: by recipe, for those of which nothing is built here. Raises BuildError on what names no tool and version."""
     tool, version = _asked(said)
     plans, refused = _planned(session, names)
     outputs = _outputs(session, plans)
     recorded = {name: _recorded(outputs[name]) for name in plans}
-    known = sorted({*TOOLS, *(each for steps in recorded.values() for found in steps.values() for each in found)})
+    told = [*(found for steps in recorded.values() for found in steps.values()), *(each.versions for each in locked.values())]
+    known = sorted({*TOOLS, *(each.lower() for found in told for each in found)})
     if tool not in known:
         near = difflib.get_close_matches(tool, known, 1, 0.5)
         fix = f"did you mean {near[0]}=={version}?" if near else f"name one of {', '.join(known)}"
         raise BuildError(f"upgrade={said}", f"{tool} is no tool that a build records", fix)
     sums = _Sums(session, outputs)
     for name, plan in plans.items():
+        on = ""
+        if not recorded[name] and name in locked:  # all that computes ran under the one version that the lock has
+            on, theirs = locked[name].on, {each.lower(): version for each, version in locked[name].versions.items()}
+            recorded[name] = {step.planned_key: theirs for step in plan.steps if step.heavy}
         other = {key: found[tool] for key, found in recorded[name].items() if tool in found and not _same(found[tool], version)}
         steps = [step for step in plan.steps if step.planned_key in other]
         if steps:
             why = tuple(f"{tool} {found}" for found in sorted(set(other.values())))
-            sums.add(plan, why, [step for step in steps if step.kind in VERIFIES], steps)
+            sums.add(plan, why, [step for step in steps if step.kind in VERIFIES], steps, on)
     unrecorded = tuple(name for name in plans if not recorded[name])
     return sums.impact({"upgrade": {"tool": tool, "version": version}}, ("verify again", "build again"), refused, unrecorded, len(names))
 
@@ -199,9 +214,10 @@ class _Sums:
         self._rows: list[Touched] = []
         self._counted: dict[str, dict[str, Cost]] = {"least": {}, "most": {}}
 
-    def add(self, plan: Plan, why: tuple[str, ...], least: Sequence[Step], most: Sequence[Step]) -> None:
+    def add(self, plan: Plan, why: tuple[str, ...], least: Sequence[Step], most: Sequence[Step], on: str = "") -> None:
+        """`on`: the machine that built it, where no output tells."""
         outputs, session = self._outputs[plan.name], self._session
-        speed = _speed(plan, outputs, session.settings.threads)
+        speed = _speed(plan, outputs, session.settings.threads, on)
         building = builds(plan.recipe, plan.survey, plan.layers.schemes, speed, session.finder)
         costs = {}
         for name, steps in (("least", least), ("most", most)):
@@ -224,12 +240,12 @@ class _Sums:
         return Impact(asked, heads, tuple(self._rows), refused, unrecorded, recipes, least, most, said)
 
 
-def _speed(plan: Plan, outputs: Mapping[str, Artifact], threads: int) -> effort.Speed:
-    """Of the machine that its steps ran on; of one that is not built, of its target."""
+def _speed(plan: Plan, outputs: Mapping[str, Artifact], threads: int, on: str = "") -> effort.Speed:
+    """Of the machine that its steps ran on; of a recipe that is not built, of its target."""
     built = [artifact.meta["built"] for artifact in outputs.values() if "built" in artifact.meta]
     names = [str(one["gpu"]["name"]) for one in built if isinstance(one.get("gpu"), Mapping) and "name" in one["gpu"]]
-    near = [gpu for name in names[:1] for close in gpus.close(name)[:1] if (gpu := gpus.lookup(close)) is not None]
-    gpu = near[0] if near else None if any("device" in one for one in built) else target_gpu(plan.recipe)
+    near = [gpu for name in (names or [on])[:1] for close in gpus.close(name)[:1] if (gpu := gpus.lookup(close)) is not None]
+    gpu = near[0] if near else None if on or any("device" in one for one in built) else target_gpu(plan.recipe)
     return effort.cpu_speed(threads) if gpu is None else effort.cuda_speed(gpu)
 
 

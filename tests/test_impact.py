@@ -234,6 +234,22 @@ def test_costs_are_of_the_gpu_that_built_else_of_the_target(workspace: Path) -> 
     assert (hour.seconds, hour.gpu_hours) == (3600.0, 1.0) and impact._told(hour) == "1 h 00 min (1 GPU-hours)"
 
 
+def test_a_lock_tells_of_what_is_built_elsewhere(branch: Path) -> None:
+    shutil.rmtree(branch / "artifacts")
+    here, locks = session(branch), {"tiny": impact.Recorded({"torch": "2.13.0+cu126", "Oddtool": "3"}, "NVIDIA H200")}
+    names = list(here.workspace.names())
+    found = impact.upgrade(here, names, "torch==2.14.0", locks)
+    assert [(row.name, row.why, row.machine, row.built) for row in found.rows] == [("tiny", ("torch 2.13.0+cu126",), "h200", False)]
+    assert (
+        found.most.gpu_hours == pytest.approx(found.most.seconds / 3600)
+        and found.most.gpu_hours > found.least.gpu_hours > 0
+        and len(found.unrecorded) == 6
+    )
+    assert not impact.upgrade(here, names, "torch==2.13", locks).rows and impact.upgrade(here, names, "oddtool==4", locks).rows
+    processor = {"tiny": impact.Recorded({"torch": "2.13.0"}, "AMD EPYC 9654")}
+    assert impact.upgrade(here, names, "torch==2.14.0", processor).rows[0].machine == "CPU"
+
+
 @pytest.mark.parametrize(
     ("recorded", "asked", "same"),
     [
