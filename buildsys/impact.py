@@ -110,8 +110,8 @@ def upgrade(session: Session, names: Sequence[str], said: str, locked: Mapping[s
 
 
 def base(session: Session, names: Sequence[str], ref: str) -> Impact:
-    """Recipes with steps whose VERSION is another than in the commit `ref`."""
-    commit, before = versions.of_commit(session.workspace.root, ref)
+    """Recipes with steps whose VERSION is another than where this branch left `ref`."""
+    commit, before = versions.of_base(session.workspace.root, ref)
     moved = versions.bumps(before, versions.of_tree(session.workspace.root))
     plans, refused = _planned(session, names)
     sums, used = _Sums(session, _outputs(session, plans)), set[Bump]()

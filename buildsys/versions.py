@@ -1,17 +1,18 @@
 """VERSIONs that a source tree of buildsys declares, read as text: of the working tree, and of any commit beside it.
 
-Nothing of the other commit is imported or run; `ast` reads constants. Blobs come from git by their ids (git-cat-file(1), --batch).
+Nothing of the other commit is imported or run; `ast` reads constants.
 """
 
 from __future__ import annotations
 
 import ast
-import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 
 from buildsys.errors import BuildError
+from buildsys.review.git import LINK, Git
 
 PACKAGE = "buildsys"
 MARKS = (b"VERSION", b"KEY_FORMAT")  # a file without these declares nothing, and is not parsed
@@ -40,52 +41,30 @@ def of_tree(root: Path) -> dict[str, int]:
     package = root / PACKAGE
     if not package.is_dir():
         raise _no_source(str(root), "this workspace has no folder buildsys/")
-    return _versions({path.relative_to(package).as_posix(): path.read_bytes() for path in sorted(package.rglob("*.py"))}, str(package))
+    return _of_package(package, str(package))
 
 
-def of_commit(root: Path, ref: str) -> tuple[str, dict[str, int]]:
-    """Of the commit that `ref` names, in the repository that `root` lies in; the commit's id beside it."""
-    if ref.startswith("-"):
-        raise _no_ref(ref)
-    commit = _git(root, ["rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}"], _no_ref(ref)).decode().strip()
-    listed = _git(root, ["ls-tree", "-r", "-z", commit, "--", f"{PACKAGE}/"]).split(b"\0")
-    named = [(line.split(b"\t", 1)[1].decode("utf-8", "replace"), line.split()[2]) for line in listed if line]
-    python = [(name.removeprefix(f"{PACKAGE}/"), blob) for name, blob in named if name.endswith(".py")]
+def of_base(root: Path, ref: str) -> tuple[str, dict[str, int]]:
+    """Of the commit where the checked-out branch left `ref` (what `ref` moved since is not this branch's doing); its id beside it.
+
+    Raises BuildError where there is no repository, no such ref, or no source in it.
+    """
+    git = Git(root)
+    named = git.commit(ref)
+    commit = git.forked(named) or named
+    entries = (entry for entry in git.entries(commit) if entry.mode != LINK and ".." not in entry.path.split("/"))
+    python = [entry for entry in entries if entry.path.startswith(f"{PACKAGE}/") and entry.path.endswith(".py")]
     if not python:
-        raise _no_source(f"base={ref}", f"commit {commit[:12]} has no folder buildsys/")
-    raw = _git(root, ["cat-file", "--batch"], said=b"".join(blob + b"\n" for _, blob in python))
-    return commit, _versions(dict(zip((name for name, _ in python), _batched(raw), strict=True)), f"{commit[:12]}:{PACKAGE}")
+        raise _no_source(f"base={ref}", f"commit {commit[:12]} has no folder {PACKAGE}/")
+    with TemporaryDirectory(prefix="buildsys-base-") as folder:
+        for entry in python:
+            (Path(folder) / entry.path).parent.mkdir(parents=True, exist_ok=True)
+        git.write((entry.blob, Path(folder) / entry.path) for entry in python)
+        return commit, _of_package(Path(folder) / PACKAGE, f"{commit[:12]}:{PACKAGE}")
 
 
-def _batched(raw: bytes) -> Iterator[bytes]:
-    """Contents in `cat-file --batch`'s answer: a line `id type bytes`, the content, a newline."""
-    at = 0
-    while at < len(raw):
-        end = raw.index(b"\n", at)
-        size = int(raw[at:end].split()[2])
-        yield raw[end + 1 : end + 1 + size]
-        at = end + size + 2
-
-
-def _git(root: Path, arguments: Sequence[str], refusal: BuildError | None = None, said: bytes = b"") -> bytes:
-    try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], input=said, capture_output=True, check=False)
-    except FileNotFoundError:
-        raise BuildError("git", "is not installed, and the base is a commit", "install git") from None
-    if done.returncode == 0:
-        return done.stdout
-    words = done.stderr.decode(errors="replace").strip()
-    if "not a git repository" in words:
-        raise BuildError(
-            str(root), "is in no git repository, and the base is a commit", "run this in a clone, or say upgrade=TOOL==VERSION"
-        )
-    if refusal is not None and "dubious ownership" not in words:
-        raise refusal
-    raise BuildError(f"git {arguments[0]}", words or f"ended with status {done.returncode}", "mend the repository: run `git fsck`")
-
-
-def _no_ref(ref: str) -> BuildError:
-    return BuildError(f"base={ref}", "is no commit, branch or tag here", "run `git fetch`, or correct the name; `git branch -a` shows them")
+def _of_package(package: Path, where: str) -> dict[str, int]:
+    return _versions({path.relative_to(package).as_posix(): path.read_bytes() for path in sorted(package.rglob("*.py"))}, where)
 
 
 def _no_source(where: str, what: str) -> BuildError:

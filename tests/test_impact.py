@@ -158,21 +158,32 @@ def test_the_other_commit_is_neither_imported_nor_run(branch: Path) -> None:
     assert "goes BACK" in found.said[0] and len(found.rows) == 7 and not trap.exists()
 
 
+def test_what_the_base_moved_since_is_not_this_branchs_doing(branch: Path) -> None:
+    git(branch, "checkout", "-q", "-b", "change")
+    runs.edit(branch / "buildsys/methods/awq.py", f"\nVERSION = {modules('methods')['awq'].VERSION}", "\nVERSION = 55")
+    git(branch, "commit", "-q", "-a", "-m", "change")
+    git(branch, "checkout", "-q", "main")
+    (branch / "buildsys/quant/__init__.py").write_text("VERSION = 88\n")
+    git(branch, "commit", "-q", "-a", "-m", "elsewhere")
+    git(branch, "checkout", "-q", "change")
+    assert [bump["part"] for bump in moved(branch).asked["bumps"]] == ["methods.awq"]
+
+
 def test_versions_of_an_older_layout_are_found(branch: Path) -> None:
     """graph.py was a part of plan.py once."""
     (branch / "buildsys/graph.py").rename(branch / "buildsys/older.py")
     runs.edit(branch / "buildsys/older.py", '("assemble", "pack"), 3', '("assemble", "pack"), 2')
     git(branch, "add", "-A")
     git(branch, "commit", "-q", "-m", "older")
-    commit, found = versions.of_commit(branch, "HEAD")
+    commit, found = versions.of_base(branch, "HEAD")
     assert re.fullmatch("[0-9a-f]{40}", commit) and found["steps.pack"] == 2 and found["steps.fetch"] == graph.VERSIONS["fetch"]
 
 
-@pytest.mark.parametrize("ref", ["nosuch", "-x", "--all", "a..b", "HEAD^{tree}", "main:buildsys", "é", "main\n"])
+@pytest.mark.parametrize("ref", ["nosuch", "-x", "--all", "a..b", "HEAD^{tree}", "main:buildsys", "é"])
 def test_a_base_that_is_no_commit(ref: str, workspace: Path) -> None:
-    with pytest.raises(BuildError, match="is no commit, branch or tag here") as refused:
+    with pytest.raises(BuildError, match="names no commit of this repository") as refused:
         moved(workspace, ref)
-    assert "git fetch" in refused.value.fix and refused.value.where == f"base={ref}"
+    assert "git branch -a" in refused.value.fix and refused.value.where == f"base={ref}"
 
 
 def test_a_base_without_a_repository_or_without_source(workspace: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "buildsys"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "console", "measurement", "scheme", "gpus", "slots", "step"),
-    ("architecture", "digests", "disk", "versions", "document", "deploy", "located", "lockfile", "longrope", "relayout"),
+    ("architecture", "digests", "disk", "document", "deploy", "located", "lockfile", "longrope", "relayout"),
     ("store", "overlay", "locked", "footprint", "effort", "remedies"),
     ("io", "complaints"),
     ("hubs", "serving"),
@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("review",),
     ("driver",),
-    ("fleet", "impact", "relock", "actions", "pages", "live", "reproduce", "invocation"),
+    ("versions", "fleet", "impact", "relock", "actions", "pages", "live", "reproduce", "invocation"),
     ("reporter",),
     ("tasks", "cli"),
     ("commands", "__main__"),
