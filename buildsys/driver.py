@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, get_args
 
 from buildsys import console as show
@@ -41,6 +41,15 @@ if TYPE_CHECKING:
 
 DEVICES: tuple[Device, ...] = get_args(Device)
 BATCH = 1  # finished windows that may wait for the one before them; more helps nothing on a CPU
+
+MENDS: Mapping[str, str] = MappingProxyType(
+    {
+        "kv": "choose a wider kv_cache.policy",
+        "memory": "quantize more, or choose a smaller kv_cache.policy or target.session_len",
+        "serve": "choose another format, kv_cache or target (`doit report` shows what each server did)",
+    }
+)
+"""What to change where a check fails that quantizing less would not help."""
 
 
 @dataclass(frozen=True)
@@ -467,11 +476,9 @@ class Session:
             left = f"{link} still leads to an earlier build"
         errors = []
         for verdict in failed:
-            less = (
-                "choose a wider kv_cache.policy"
-                if verdict.check == "kv"
-                else "quantize less (more bits, smaller groups, more calibration text)"
-            )
+            less = MENDS.get(verdict.check, "quantize less (more bits, smaller groups, more calibration text)")
+            if verdict.check in plan.skipped:
+                less = "build on a machine with the target's GPU and LMDeploy"
             fix = f"{less}, or set a limit that you can live with; the measurements are kept, and {left}"
             errors.append(BuildError(verdict.where, f"{plan.name} fails check {verdict.check}: {verdict.text}", fix))
         return errors[0] if len(errors) == 1 else BuildErrors(errors)

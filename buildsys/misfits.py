@@ -93,7 +93,9 @@ def _target_misfits(
     errors += _positions(recipe, surveyed)
     reason = remedies.indivisible(surveyed.architecture, target.count)
     if reason is not None:
-        errors.append(BuildError(recipe.at("target", "count"), f"target.count: {reason}", "set count to 1, 2, 4 or 8"))
+        errors.append(
+            BuildError(recipe.at("target", "count"), f"target.count: {reason}", f"set count to {remedies.counts(surveyed.architecture)}")
+        )
         return errors
     filled = served_as()
     if filled is not None and not filled.fits:

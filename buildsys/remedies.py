@@ -45,6 +45,12 @@ def indivisible(architecture: Architecture, count: int) -> str | None:
     return None
 
 
+def counts(architecture: Architecture) -> str:
+    """Numbers of GPUs that it is shared out over, for people."""
+    *most, last = (str(count) for count in (1, *COUNTS) if indivisible(architecture, count) is None)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
 @dataclass(frozen=True)
 class Search:
     """One model, asked about in many ways. `known`: its weights by number of GPUs, which take the longest to count."""

@@ -135,6 +135,7 @@ def test_required_always_fails_where_it_cannot_run(built: Path, tmp_path: Path) 
     before = runs.digest(workspace, "demo")
     ran = build(workspace, {"PATH": "/nonexistent"})
     assert ran.status == 1 and "required is always" in ran.err and "Traceback" not in ran.err
+    assert "build on a machine with the target's GPU" in ran.err and "quantize less" not in ran.err
     assert runs.digest(workspace, "demo") == before, "what has to be served and was not is no artifact; an earlier one stays"
 
 
