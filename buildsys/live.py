@@ -153,7 +153,10 @@ def _rates(session: Session, client: Client, prompts: Prompts) -> list[dict[str,
 def _prompts(deployed: Deployed) -> Prompts:
     path = deployed.folder / "config.json"
     vocab_size = json.loads(path.read_text(encoding="utf-8"))["vocab_size"]
-    return Prompts.fitting(vocab_size, deployed.settings.engine["session_len"], str(deployed.folder / PROFILE))
+    where, session_len = str(deployed.folder / PROFILE), deployed.settings.engine.get("session_len")
+    if not isinstance(session_len, int):
+        raise BuildError(where, f"session_len is {session_len}", f"run `doit build recipe={deployed.name}`: the file was changed by hand")
+    return Prompts.fitting(vocab_size, session_len, where)
 
 
 # The engine

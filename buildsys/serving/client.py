@@ -46,7 +46,7 @@ class Client:
         """One whole answer; `more` as the API has it: tools, max_tokens, temperature, extra_body … It has one choice at least."""
         with self._openai("/v1/chat/completions"):
             answer = self._sdk.chat.completions.create(model=self.model, messages=list(messages), **more)
-        if not getattr(answer, "choices", None) or answer.choices[0].message is None:  # it takes whatever it is sent
+        if getattr(_first(answer), "message", None) is None:  # it takes whatever it is sent
             raise self._unknown("/v1/chat/completions", answer)
         whole: ChatCompletion = answer
         return whole
@@ -60,12 +60,13 @@ class Client:
         ):
             ended = False
             for piece in pieces:
-                choices = getattr(piece, "choices", None)
-                if choices is None:
+                if not isinstance(getattr(piece, "choices", None), list):
                     raise self._unknown(path, piece)
-                if choices and choices[0].delta is not None and choices[0].delta.content:
-                    yield choices[0].delta.content
-                ended = ended or bool(choices and choices[0].finish_reason)
+                first = _first(piece)
+                text = getattr(getattr(first, "delta", None), "content", None)
+                if isinstance(text, str) and text:
+                    yield text
+                ended = ended or bool(getattr(first, "finish_reason", None))
             if not ended:
                 raise self._cut(path)
 
@@ -134,8 +135,9 @@ class Client:
             raise self._failed("/generate", json.dumps(said["error"]))
         if not isinstance(found, list) or not all(isinstance(token, int) for token in found):
             raise self._unknown("/generate", said)
-        reason = (said.get("meta_info") or {}).get("finish_reason") or {}
-        if reason.get("type") == "error":
+        told = said.get("meta_info")
+        reason = told.get("finish_reason") if isinstance(told, dict) else None
+        if isinstance(reason, dict) and reason.get("type") == "error":
             raise self._failed("/generate", f"finish_reason error after {len(found)} tokens")
         return found
 
@@ -191,6 +193,12 @@ class Client:
 
     def _unknown(self, path: str, said: object) -> BuildError:
         return self._error(path, f"answers what LMDeploy's api_server does not: {_short(str(said))}", "name the address of an api_server")
+
+
+def _first(said: Any) -> Any:
+    """Of an answer's choices; None where it has none."""
+    choices = getattr(said, "choices", None)
+    return choices[0] if isinstance(choices, list) and choices else None
 
 
 def _greedy(ids: Sequence[int], max_tokens: int, ignore_eos: bool) -> dict[str, Any]:

@@ -75,10 +75,15 @@ class Settings:
             said = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise BuildError(str(path), f"cannot be read: {error.strerror}", fix) from None
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
+        except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a date or number that is none
             raise BuildError(str(path), f"is not YAML: {' '.join(str(error).split())}", fix) from None
         if not isinstance(said, dict) or not all(isinstance(name, str) for name in said):
             raise BuildError(str(path), "is no mapping of names to values", fix)
+        strange = [name for name, value in said.items() if not _is_plain(value)]
+        if strange:
+            raise BuildError(
+                str(path), f"{strange[0]} is {said[strange[0]]!r}, which is no text, number or flag, and no mapping of them", fix
+            )
         backend = said.pop("backend", None)
         if backend not in get_args(Backend):
             raise BuildError(str(path), f"backend is {backend!r}; {' or '.join(get_args(Backend))} was expected", fix)
@@ -145,6 +150,12 @@ def stretched(theta: float, factor: float) -> dict[str, Any]:
     and with the longest sequence of the whole batch (backends/default/rotary_embedding.py): planning refuses it there.
     """
     return {"rope_parameters": {"rope_type": "dynamic", "rope_theta": theta, "factor": factor}}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(each) for name, each in value.items())
+    return isinstance(value, str | int | float)
 
 
 def _arguments(fields: Mapping[str, Any]) -> Iterator[str]:

@@ -137,7 +137,7 @@ def _failures(client: Client, tools: bool) -> Iterator[str]:
     text, usage = answer.choices[0].message.content, answer.usage
     if not text:
         yield "a chat call was answered with no text"
-    if usage is None or usage.completion_tokens < 1:
+    if usage is None or not usage.completion_tokens:
         yield "a chat call was answered without a count of its tokens"
     if not "".join(client.stream(messages, **said)):
         yield "a streamed chat call was answered with no text"

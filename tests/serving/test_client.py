@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from typing import Any
 
+import apiserver
 import pytest
 from apiserver import ApiServer, continued
 
@@ -23,6 +25,12 @@ CALLS: dict[str, Callable[[Client], Any]] = {
     "generate": lambda client: client.generate([1], 4, True),
     "pieces": lambda client: list(client.pieces([1], 4, True)),
 }
+
+ODD: tuple[object, ...] = (
+    *({"output_ids": [1], "meta_info": told} for told in (5, "x", {"finish_reason": "stop"}, {"finish_reason": []})),
+    *({"choices": choices} for choices in (5, {"a": 1}, [None], [5], [{}], [{"message": {"content": 5}}], [{"delta": {"content": 5}}])),
+    *(None, 1, [], {"error": {}}),
+)
 
 
 def test_chat_stream_and_tokens() -> None:
@@ -83,6 +91,26 @@ def test_garbage_after_a_good_start(call: str) -> None:
         server.faults["garbage"] = ""
         with pytest.raises(BuildError, match=r"answers what LMDeploy's api_server does not|cut off"):
             CALLS[call](client)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("said", ODD)
+def test_an_odd_answer_is_an_error_or_an_answer(call: str, said: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it holds where something is expected: never another exception."""
+    text = json.dumps(said).encode()
+    monkeypatch.setattr(apiserver.Handler, "do_POST", lambda handler: odd(handler, text))
+    with ApiServer() as server, contextlib.suppress(BuildError):
+        CALLS[call](Client(server.url, 10))
+
+
+def odd(handler: apiserver.Handler, text: bytes) -> None:
+    streamed = json.loads(handler.rfile.read(int(handler.headers["Content-Length"]))).get("stream")
+    text = b"data: " + text + b"\n\ndata: [DONE]\n\n" if streamed else text
+    handler.send_response(200)
+    handler.send_header("Content-Type", "text/event-stream" if streamed else "application/json")
+    handler.send_header("Content-Length", str(len(text)))
+    handler.end_headers()
+    handler.wfile.write(text)
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -113,6 +113,9 @@ def test_a_profile_reads_back(tmp_path_factory: pytest.TempPathFactory, made: Se
         ("backend: vllm", "backend is 'vllm'; turbomind or pytorch"),
         ("backend: [turbomind]", "backend is \\['turbomind'\\]"),
         (b"backend: \xff", "is not YAML"),
+        ("backend: turbomind\nx: 2020-13-45", "is not YAML: month must be"),
+        ("[" * 3000, "is not YAML"),
+        ("backend: turbomind\nhf_overrides: {a: 2020-01-01}", "hf_overrides is .* which is no text, number or flag"),
     ],
 )
 def test_a_bad_profile_is_told(tmp_path: Path, text: str | bytes | None, said: str) -> None:
