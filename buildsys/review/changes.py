@@ -373,7 +373,9 @@ def _content(recipe: Recipe) -> bytes:
 
 def _knobs(before: Recipe, after: Recipe) -> Iterator[Knob]:
     """Each value that differs."""
-    old, new = (dict(_flat(resolved(recipe), ())) for recipe in (before, after))
+    sides = resolved(before), resolved(after)
+    same = {key for key in sides[0].keys() & sides[1].keys() if sides[0][key] == sides[1][key]}
+    old, new = (dict(_flat({key: value for key, value in said.items() if key not in same}, ())) for said in sides)
     for where in dict.fromkeys((*old, *new)):
         was, now = old.get(where, UNSET), new.get(where, UNSET)
         if was != now or type(was) is not type(now):
