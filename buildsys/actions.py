@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ from buildsys.store import Artifact, Found, Store
 
 if TYPE_CHECKING:
     from buildsys.plan import Plan
+    from buildsys.recipe import Recipe
+    from buildsys.review.effects import Taken
     from buildsys.workspace import Workspace
 
 
@@ -61,8 +64,8 @@ def diff(session: Session, said: Mapping[str, str]) -> Iterator[str]:
     if "base" not in said:
         raise BuildError("diff", "against what?", "write base=REF: doit diff base=origin/main")
     with base.at(session.workspace, said["base"], session.store.home) as old:
-        before = Session(old.workspace, session.store, session.settings, session.console)
-        now, then = (changes.Side(one.workspace, partial(_planned, one)) for one in (session, before))
+        before = Session(old.workspace, session.store, replace(session.settings, locked=None), session.console)
+        now, then = (changes.Side(one.workspace, partial(_planned, one), partial(_taken, one)) for one in (session, before))
         review = changes.compare(now, then, old, _wanted(now.workspace, old.workspace, said.get("recipe")))
     yield from render.render(review, form)
     if review.errors:
@@ -72,6 +75,18 @@ def diff(session: Session, said: Mapping[str, str]) -> Iterator[str]:
 def _planned(session: Session, name: str) -> Plan:
     session.plan([name])
     return session.plans[name]
+
+
+def _taken(session: Session, recipe: Recipe, plan: Plan) -> Taken | None:
+    """What the recipe's lock says of its last verified build."""
+    from buildsys.lock import planned
+    from buildsys.review.effects import Taken
+
+    locked = session.locks.of(recipe)
+    if locked is None or locked.built is None:
+        return None
+    now = {name: step.planned_key for name, step in planned(plan).items()}
+    return Taken(locked.built.measurements, locked.built.on, now == dict(locked.steps))
 
 
 def _wanted(now: Workspace, then: Workspace, spec: str | None) -> Callable[[str], bool]:
