@@ -74,11 +74,15 @@ def changes(then: Ingredients, step: Step) -> Changes:
 
 
 def _unequal(then: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Leaves that differ: dotted path, both values."""
+    """Leaves that differ: dotted path, both values. What is None or empty is not said: a lock does not write it."""
     old, new = dict(flat(then, "")), dict(flat(now, ""))
     for name in {**old, **new}:
-        if (name in old) != (name in new) or old[name] != new[name]:
+        if _said(old.get(name)) != _said(new.get(name)):
             yield name, old.get(name, "(unset)"), new.get(name, "(unset)")
+
+
+def _said(value: Any) -> Any:
+    return None if value in ([], {}) else value
 
 
 def _version(path: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
