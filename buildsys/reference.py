@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from buildsys.history import History, Ingredients
-from buildsys.step import Step
+from buildsys.lock import label
+from buildsys.step import Step, canonical
 from buildsys.store import Artifact, File, Store
+
+if TYPE_CHECKING:
+    from buildsys.lock import Locked, Pinned
 
 BESIDE = ("judge", "release", "generate")
 """Kinds that a recipe's history holds and that are no part of a build."""
@@ -21,8 +27,8 @@ class Before:
     output: str  # digest of all that it made
     made: Ingredients | None = None  # what it was made of
     artifact: Artifact | None = None  # its files and its manifest
-    planned: str = ""  # planned key
     seconds: float | None = None
+    measured: Mapping[str, float] = field(default_factory=dict)  # by name, of a check
 
     @property
     def built(self) -> Mapping[str, Any]:
@@ -38,20 +44,6 @@ class Reference:
     steps: Mapping[str, Before]  # by label
     store: Store  # where its files may lie
     lost: tuple[str, ...] = field(default=())  # steps of it that nothing is known of any more
-
-
-def label(step: Step) -> str:
-    """A step's name inside its recipe, the same whatever its knobs are."""
-    if step.kind == "fetch":
-        return f"fetch {step.title.partition(' (')[0]}"
-    if step.kind == "tokens":
-        return f"tokens {step.title.partition(' ')[0]}"
-    if step.kind == "measure":
-        return f"measure {step.title}"
-    if step.kind == "score":
-        policies = step.knobs["kv"]
-        return "score" if policies == "none" else " ".join(("score", *policies))
-    return step.kind
 
 
 def _label(made: Ingredients) -> str:
@@ -83,3 +75,59 @@ def _promised(made: Ingredients) -> Artifact | None:
 
 def _latest(steps: Iterable[Before]) -> str:
     return max((str(step.built.get("ended", "")) for step in steps), default="") or "an unknown day"
+
+
+# From a lock
+
+
+def locked(lock: Locked, path: Path, steps: Iterable[Step], here: Reference | None, store: Store) -> Reference | None:
+    """The verified build that the lock tells of, for these steps; None where it tells of none. Of what `here` made with the same digest
+    the files are at hand."""
+    if lock.built is None:
+        return None
+    found = {}
+    for step in steps:
+        name = label(step)
+        if name not in lock.built.steps:
+            continue
+        output = lock.built.steps[name]
+        own = here.steps.get(name) if here is not None else None
+        measured = {one.name: one.value for one in lock.built.measurements if name == f"measure {one.check}"}
+        found[name] = Before(
+            output,
+            _made(lock, name, step),
+            own.artifact if own is not None and own.output == output else None,
+            lock.built.seconds.get(name),
+            measured,
+        )
+    found |= {name: Before(output) for name, output in lock.built.steps.items() if name not in found}  # a check that cannot run here
+    return Reference(f"the build that {path.name} tells of", found, store)
+
+
+def _made(lock: Locked, name: str, step: Step) -> Ingredients:
+    """What a step of the lock was made of. A lock does not say which steps have a knob that all have alike: `step` tells."""
+    if step.kind == "fetch":
+        pinned = {"fetch source": lock.source, "fetch calibration text": lock.calibration}.get(name, lock.text)
+        files = dict(pinned.files) if pinned is not None else {}
+        return Ingredients(step.kind, _title(name, pinned), "", step.version, {"files": files}, {})
+    if lock.steps.get(name) == step.planned_key:
+        return Ingredients(step.kind, step.title, "", step.version, step.knobs, {})
+    said = {**{knob: value for knob, value in lock.knobs.items() if knob in (*step.knobs, "VERSION")}, **lock.own.get(name, {})}
+    version = said.pop("VERSION", step.version)
+    absent = {knob: value for knob, value in step.knobs.items() if knob not in said and value in (None, [], {}, ())}
+    knobs = {knob: step.knobs[knob] if _digest_of(step.knobs.get(knob)) == value else value for knob, value in said.items()}
+    return Ingredients(step.kind, step.title, "", version, {**absent, **knobs}, {})
+
+
+def _digest_of(value: Any) -> str:
+    """How a lock writes a long knob."""
+    return f"sha256 {hashlib.sha256(canonical(value)).hexdigest()}"
+
+
+def _title(name: str, pinned: Pinned | None) -> str:
+    """As a fetch of it would be called."""
+    if pinned is None:
+        return f"{name.removeprefix('fetch ')} (none)"
+    (chosen, knobs), *_ = pinned.choice.items()
+    place = " ".join((chosen, *([str(knobs["repo"])] if "repo" in knobs and pinned.pin else [])))
+    return f"{name.removeprefix('fetch ')} ({place}{f' at {pinned.pin[:12]}' if pinned.pin else ''})"

@@ -21,7 +21,9 @@ from buildsys import causes, disk, gpus, unequal
 from buildsys import console as show
 from buildsys.driver import Session
 from buildsys.errors import BuildError, BuildErrors
-from buildsys.reference import Before, Reference, built, label
+from buildsys.lock import Lock, Locked, label
+from buildsys.locked import SUFFIX
+from buildsys.reference import Before, Reference, built, locked
 from buildsys.step import Step, digest
 from buildsys.store import Artifact, Store
 
@@ -34,11 +36,12 @@ def reproduce(session: Session, names: list[str], said: Mapping[str, str]) -> It
     """Lines for people; raises BuildErrors with every recipe that is not reproduced, after all of them were tried."""
     keep = _keep(said)
     theirs = _against(session, said)
-    references = {name: _reference(session, name, theirs) for name in names}
+    earlier = {name: _earlier(session, name, theirs, "against" in said) for name in names}
     session.goodbye = "interrupted: nothing was compared to the end; run the same command again"
     errors: list[BuildError] = []
     with session.store.in_use(), theirs.in_use(), _clean(session, said, keep) as clean:
         clean.plan(names)
+        references = {name: earlier[name].of(clean.steps(name)) for name in names}
         for name in names:
             _same_recipe(clean, name, references[name])
         clean.look()
@@ -75,12 +78,31 @@ def _against(session: Session, said: Mapping[str, str]) -> Store:
     return Store(root)
 
 
-def _reference(session: Session, name: str, store: Store) -> Reference:
-    found = built(store, name)
-    if found is None:
-        what = f"{name} was never built in {store.root}, and no lock tells what its build gave"
+@dataclass(frozen=True)
+class _Earlier:
+    """What is known of a recipe's earlier build: its lock goes before the store."""
+
+    built: Reference | None
+    lock: Locked | None
+    path: Path  # of the lock
+    store: Store
+
+    def of(self, steps: tuple[Step, ...]) -> Reference:
+        found = locked(self.lock, self.path, steps, self.built, self.store) if self.lock is not None else None
+        found = found or self.built
+        assert found is not None
+        return found
+
+
+def _earlier(session: Session, name: str, store: Store, named: bool) -> _Earlier:
+    """Raises BuildError where nothing is known. `named`: the user named the store, so it is that which is meant."""
+    path, found = session.workspace.names()[name].with_suffix(SUFFIX), built(store, name)
+    lock = Lock.read(path, session.workspace.reader.name(path)).recipes.get(name) if path.exists() and not named else None
+    if found is None and (lock is None or lock.built is None):
+        told = "there is no lock" if lock is None else "its lock tells of no verified build"
+        what = f"{name} was never built in {store.root}, and {told}"
         raise BuildError(session.workspace.load(name).at(), what, f"run `doit build recipe={name}` first")
-    return found
+    return _Earlier(found, lock, path, store)
 
 
 # Before anything is built
@@ -258,15 +280,16 @@ class _Rerun:
     def _numbers(self, step: Step, before: Before, artifact: Artifact) -> Iterator[str]:
         """What was measured then and now."""
         for name in step.clocked:
-            then = (
-                self.reference.store.held(before.artifact.files[name].sha256) if before.artifact and name in before.artifact.files else None
-            )
-            if name == "measurements.json" and then is not None:
-                old, new = (
-                    {one["name"]: one for one in json.loads(path.read_text())} for path in (then, self.clean.store.path(artifact, name))
-                )
-                for each in [each for each in new if each in old]:
-                    yield f"    {each:<24} {old[each]['value']:.6g} -> {new[each]['value']:.6g} {new[each]['unit']}"
+            then = before.measured or self._measured(before, name)
+            now = {one["name"]: one for one in json.loads(self.clean.store.path(artifact, name).read_text())} if then else {}
+            for each in [each for each in now if each in then]:
+                yield f"    {each:<24} {then[each]:.6g} -> {now[each]['value']:.6g} {now[each]['unit']}"
+
+    def _measured(self, before: Before, name: str) -> Mapping[str, float]:
+        """What an earlier check measured, where its file is at hand."""
+        file = before.artifact.files.get(name) if before.artifact is not None and name == "measurements.json" else None
+        path = self.reference.store.held(file.sha256) if file is not None else None
+        return {one["name"]: one["value"] for one in json.loads(path.read_text())} if path is not None else {}
 
     def _apart(self, step: Step, before: Before, artifact: Artifact) -> Iterator[str]:
         plan = self.clean.plans[self.name]

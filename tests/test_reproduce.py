@@ -18,6 +18,10 @@ from hubserver import HubServer
 from test_tasks import Place
 
 from buildsys import causes
+from buildsys.lock import Lock, of
+from buildsys.release.facts import gather
+from buildsys.store import Store
+from buildsys.verdict import judge
 
 ROOT = Path(__file__).resolve().parent.parent
 IDENTICAL = re.compile(r"^tiny: identical, (\d+) steps, digest ([0-9a-f]{64})$", re.MULTILINE)
@@ -165,6 +169,57 @@ def test_another_recipe(tiny: Path, tmp_path: Path) -> None:
     runs.edit(workspace / "recipes" / "tiny.yaml", "format: awq", "format: gptq")
     said = refused(reproduce(workspace))
     assert "scheme.bits 4 -> 3" in said and "put the recipe back as it was" in said
+
+
+# From a lock
+
+
+def lock(workspace: Path) -> None:
+    """Writes the lock of the recipe's build, as `doit lock` does."""
+    made, store = runs.planned(workspace, "tiny"), Store(workspace / "artifacts")
+    found = of(made, gather(made, store, judge(made, store)))
+    (workspace / "recipes" / "tiny.lock").write_text(Lock(recipes={"tiny": found}).text())
+
+
+def test_a_clone_with_a_lock_and_nothing_built(tiny: Path, tmp_path: Path) -> None:
+    built = runs.copy(tiny, tmp_path / "built")
+    lock(built)
+    clone = runs.copy(built, tmp_path / "clone", built=False)
+    ran = reproduce(clone, "threads=2", "batch=3").fine()
+    assert "tiny: beside the build that tiny.lock tells of" in ran.out
+    told = [IDENTICAL.search(text) for text in (ran.out, reproduce(tiny, "threads=1").fine().out)]
+    assert told[0] and told[1] and told[0][0] == told[1][0], "the same digest as against the store"
+
+
+def test_a_lock_names_the_cause_without_the_build(tiny: Path, tmp_path: Path) -> None:
+    built = runs.copy(tiny, tmp_path / "built")
+    lock(built)
+    clone = runs.copy(built, tmp_path / "clone", built=False)
+    otherwise = "compensated(part, by, grid), knobs.sweeps)", "compensated(part, by, grid), 1)"
+    environment = package(tmp_path / "package", "methods/gptq.py", *otherwise)
+    said = refused(reproduce(clone, **environment))
+    assert "quantize 4-bit g32 asymmetric, awq + gptq is the first step that differs (digest " in said and "against=ARTIFACTS" in said
+    runs.edit(tmp_path / "package" / "buildsys" / "methods" / "gptq.py", "VERSION = 3\n", "VERSION = 4\n")
+    assert "differs beside it: methods/gptq VERSION 3 -> 4" in refused(reproduce(clone, **environment))
+    ran = reproduce(built, **environment)
+    assert ran.status == 1 and "layer 0, self_attn.q_proj.codes: " in ran.out, "where the files are at hand the tensor is named"
+    runs.edit(clone / "recipes" / "tiny.yaml", "seqlen: 32\n  seed: 0", "seqlen: 16\n  seed: 0")
+    assert "seqlen 32 -> 16" in refused(reproduce(clone))
+    (clone / "recipes" / "model" / "generation_config.json").unlink()
+    assert "file generation_config.json is gone" in refused(reproduce(clone))
+
+
+def test_a_lock_of_another_recipe_or_of_no_build(tiny: Path, tmp_path: Path) -> None:
+    workspace = runs.copy(tiny, tmp_path / "workspace")
+    lock(workspace)
+    path = workspace / "recipes" / "tiny.lock"
+    path.write_text(path.read_text().replace("tiny", "other"))
+    assert re.search(r"recipes/tiny\.lock:\d+ ", refused(reproduce(workspace)))
+    made = runs.planned(workspace, "tiny")
+    path.write_text(Lock(recipes={"tiny": of(made, None)}).text())
+    assert "beside the build of " in reproduce(workspace).fine().out, "the store's own build stands in"
+    shutil.rmtree(workspace / "artifacts")
+    assert "its lock tells of no verified build" in refused(reproduce(workspace))
 
 
 # Measured
