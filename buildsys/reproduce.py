@@ -21,8 +21,7 @@ from buildsys import causes, disk, gpus, unequal
 from buildsys import console as show
 from buildsys.driver import Session
 from buildsys.errors import BuildError, BuildErrors
-from buildsys.lock import Lock, Locked, label
-from buildsys.locked import SUFFIX
+from buildsys.lock import Locked, label, path_of
 from buildsys.reference import Before, Reference, built, locked
 from buildsys.step import Step, digest
 from buildsys.store import Artifact, Store
@@ -96,12 +95,12 @@ class _Earlier:
 
 def _earlier(session: Session, name: str, store: Store, named: bool) -> _Earlier:
     """Raises BuildError where nothing is known. `named`: the user named the store, so it is that which is meant."""
-    path, found = session.workspace.names()[name].with_suffix(SUFFIX), built(store, name)
-    lock = Lock.read(path, session.workspace.reader.name(path)).recipes.get(name) if path.exists() and not named else None
+    recipe, found = session.workspace.load(name), built(store, name)
+    path, lock = path_of(recipe), session.locks.of(recipe) if not named else None
     if found is None and (lock is None or lock.built is None):
         told = "there is no lock" if lock is None else "its lock tells of no verified build"
         what = f"{name} was never built in {store.root}, and {told}"
-        raise BuildError(session.workspace.load(name).at(), what, f"run `doit build recipe={name}` first")
+        raise BuildError(recipe.at(), what, f"run `doit build recipe={name}` first")
     return _Earlier(found, lock, path, store)
 
 
