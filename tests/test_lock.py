@@ -50,8 +50,8 @@ DRIFTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "text": (lambda at: edit(at / "verify.txt", " ", "  "), r"verify text file \S+ [0-9a-f]{12} -> [0-9a-f]{12}"),
     "model": (lambda at: edit(at / "model" / "config.json", "{", "{ "), r"source file config\.json [0-9a-f]{12} -> [0-9a-f]{12}"),
     "check": (
-        lambda at: edit(at / "tiny.yaml", "kl: {max_nats: 9.0}", "kl: {max_nats: 9.0}\n  perplexity: {}"),
-        r"step measure perplexity is new",
+        lambda at: edit(at / "tiny.yaml", "kl: {max_nats: 9.0}", "kl: {max_nats: 9.0}\n  memory: {}"),
+        r"step measure memory is new",
     ),
 }
 
