@@ -118,8 +118,8 @@ def _what(change: Change) -> Iterator[str]:
         yield f"and {len(change.files) - 2} more files"
     yield from (f"published to {code(place)}: **stays there**" for place in change.published)
     yield from (code(error) for error in change.errors[:1])
-    if change.measurements and not change.knobs:
-        yield "measured anew"
+    if change.kind == "changed" and not (change.knobs or change.files or change.errors or change.notes):
+        yield "its lock alone"
 
 
 def _builds(change: Change) -> str:

@@ -28,3 +28,11 @@ def test_locks_tell_how_the_numbers_moved(team: Team, tmp_path: Path) -> None:
     assert "not paired" in change["measured"]
     comment = team.diff("format=markdown", folder=folder).fine().out
     assert "| <code>kl: kl (nats)</code> |" in comment and "| worse |" in comment
+
+
+def test_a_lock_alone_is_told_as_one(team: Team, tmp_path: Path) -> None:
+    folder = runs.copy(team.folder, tmp_path / "repository", built=False)
+    team.doit("lock", "recipe=hotel", folder=folder).fine()
+    scripted.commit(folder, "locked")
+    comment = team.diff("format=markdown", folder=folder).fine().out
+    assert "| <code>hotel</code> | its lock alone | 16 kept<br>nothing |" in comment
