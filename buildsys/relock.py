@@ -9,11 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from buildsys import toolchain
 from buildsys.driver import Session
 from buildsys.errors import BuildError, BuildErrors
 from buildsys.lock import Locked, again, drift, of, path_of
 from buildsys.locking import missing, quick, refusal, required
 from buildsys.recipe import Recipe
+from buildsys.workspace import FOLDER
 
 if TYPE_CHECKING:
     from buildsys.plan import Plan
@@ -76,6 +78,8 @@ def _look(session: Session, recipe: Recipe, path: str) -> None:
 
 def lock(session: Session, names: list[str], said: Mapping[str, str]) -> Iterator[str]:
     """Writes the locks of these recipes: what they name now, commits as locked before unless `refresh` is said, and their last build."""
+    place = session.workspace.root / FOLDER / toolchain.FILE
+    tools = toolchain.Toolchain.read(place, session.locks.shown(place))
     made: dict[Path, tuple[Recipe, dict[str, Locked]]] = {}
     for name in names:
         recipe = session.workspace.load(name)
@@ -88,7 +92,10 @@ def lock(session: Session, names: list[str], said: Mapping[str, str]) -> Iterato
         if plan.source.lacks:
             raise BuildError(recipe.at("source"), f"cannot be locked now: {plan.source.lacks}", "go online, then run it again")
         session.plans[name] = plan
-        now = of(plan, _facts(session, name))
+        facts = _facts(session, name)
+        if facts is not None:
+            tools = tools.having(name, toolchain.versions(facts))
+        now = of(plan, facts)
         if now.built is None and before is not None and before.steps == now.steps:
             now = now.model_copy(update={"built": before.built, "tokens": before.tokens})  # built elsewhere, as it is planned here
         yield from changes(before, now, plan)
@@ -97,6 +104,9 @@ def lock(session: Session, names: list[str], said: Mapping[str, str]) -> Iterato
         gone = {name for name in _known(session, recipe) if name not in session.workspace.names()}
         wrote = session.locks.write(recipe, locked, gone)
         yield f"{'wrote' if wrote else 'unchanged'} {session.locks.shown(path)}"
+    tools = tools.without(set(tools.recipes) - set(session.workspace.names()))
+    if (tools.recipes or place.exists()) and toolchain.write(place, tools):
+        yield f"wrote {session.locks.shown(place)}"
 
 
 def _known(session: Session, recipe: Recipe) -> Iterable[str]:

@@ -97,6 +97,7 @@ def test_a_build_is_remembered(tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny, copied, symlinks=True)
     ran = runs.doit(copied, "lock", "recipe=tiny").fine()
     text = (copied / "recipes" / "tiny.lock").read_text()
+    assert "tools: {" in (copied / "recipes" / "toolchain.lock").read_text()
     assert "built on" in ran.out and "measurements:" in text and "tokens:" in text and "verdicts: {" in text
     shutil.rmtree(copied / "artifacts")  # as a colleague has it, who has built nothing
     assert "unchanged" in runs.doit(copied, "lock", "recipe=tiny").fine().out
