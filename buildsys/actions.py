@@ -41,7 +41,8 @@ def lock(session: Session, names: list[str] | None, said: Mapping[str, str], che
 
     _here(session.workspace)
     if not check:
-        assert names is not None
+        if names is None:
+            raise BuildError("lock", "which recipe?", "name one, or say --check, which is about all that have a lock")
         yield from relock.lock(session, names, said)
         return
     if "refresh" in said:
