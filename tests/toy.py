@@ -121,6 +121,7 @@ def plan(recipe: Any, store: Any, *more: Any) -> Any:
         building=effort.Building({}, {}, 0, 0),
         serving=None,
         notes=("toys",),
+        skipped={},
     )
 
 
