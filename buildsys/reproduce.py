@@ -128,7 +128,7 @@ def _unknown(where: str, name: str, step: Step, reference: Reference) -> BuildEr
 
 def _drifted(plan: Any, step: Step, made: Any, reference: Reference) -> Iterator[BuildError]:
     found = causes.changes(made, step)
-    back = f"or build what is there now: `doit build recipe={plan.name}`, and reproduce that"
+    back = f"or build what is there now: `doit build recipe={plan.name}` (and `doit lock recipe={plan.name}` where there is a lock)"
     if found.files:
         what = f"{_source(step)} is not what {reference.whence} was made from: {_moved(made.title, step.title)}"
         what += "; ".join(_file(name, *shas, step, reference.store) for name, shas in list(found.files.items())[:3])
