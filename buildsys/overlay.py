@@ -78,7 +78,7 @@ def settle(document: Document, choices: frozenset[Where] = frozenset()) -> tuple
 
 def lexical(text: str, folder: Path) -> Path:
     """Where `text`, written in a file of `folder`, leads: absolute, `..` resolved by spelling alone (symlinks are not followed)."""
-    return Path(os.path.normpath(folder / text))
+    return Path(os.path.normpath(os.path.join(folder, text)))
 
 
 def is_inside(place: Path, root: Path) -> bool:

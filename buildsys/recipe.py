@@ -5,6 +5,7 @@ Each kind of choice (source, dataset, method, format, check, publisher) is a slo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -258,7 +259,7 @@ class Recipe(Frozen):
         """What relative paths in the knobs at `where` are relative to: the folder of the file that wrote them (it may be a base)."""
         below = (path for path in self._document.origins if path[: len(where)] == where and path[-1:] and path[-1] in PATH_KNOBS)
         origin = self._document.origin(min(below, key=len, default=where))
-        return self._root / Path(origin.file).parent if origin is not None else self._root
+        return self._root / os.path.dirname(origin.file) if origin is not None else self._root
 
 
 def parse_fragment(document: Document, root: Path) -> list[BuildError]:
@@ -287,8 +288,8 @@ def stray_paths(document: Document, data: Mapping[str, Any], root: Path) -> list
         origin = document.origin(where)
         if origin is None or knobs.get("outside") is True:
             continue
-        place = lexical(written, root / Path(origin.file).parent)
-        absolute = Path(written).is_absolute()
+        place = lexical(written, root / os.path.dirname(origin.file))
+        absolute = os.path.isabs(written)
         if absolute or not is_inside(place, root):
             how = "is absolute" if absolute else f"leads to {place}, outside the workspace {root}"
             fix = "move it into the workspace, or write outside: true beside it (the recipe then works on this machine only)"

@@ -20,9 +20,12 @@ KEY_FORMAT = 1
 """Bumped when a key is made of other things, or written in another way; every older key is then a miss."""
 
 
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
 def canonical(value: Any) -> bytes:
     """JSON with one spelling for each value: sorted keys, no spaces, ASCII, no NaN. Raises ValueError or TypeError on anything else."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def digest(value: Any) -> str:

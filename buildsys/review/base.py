@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,10 +141,10 @@ def _outside(recipe: Recipe) -> Iterator[tuple[Path, str]]:
     """Relative paths of the recipe that may leave the workspace: the folder that they are relative to, and the path."""
 
     def below(value: Any, where: tuple[str | int, ...]) -> Iterator[tuple[Path, str]]:
-        items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-        for key, inner in items:
-            yield from below(inner, (*where, key))
-        if isinstance(value, Mapping) and value.get("outside") is True:
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(inner, (dict, list)):
+                yield from below(inner, (*where, key))
+        if isinstance(value, dict) and value.get("outside") is True:
             for key in PATH_KNOBS:
                 written = value.get(key)
                 for one in written if isinstance(written, list) else [written]:

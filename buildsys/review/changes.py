@@ -6,6 +6,7 @@ base only those are read twice that extend it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,11 +94,13 @@ def _places(document: Document, root: Path) -> Iterator[Path]:
 
 
 def _leaves(value: Any, where: Where) -> Iterator[tuple[Where, Any]]:
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    if not isinstance(value, (Mapping, list)):
-        yield where, value
-    for key, inner in items:
-        yield from _leaves(inner, (*where, key))
+    """Of plain JSON, by their place."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        at = (*where, key)
+        if isinstance(inner, (dict, list)):
+            yield from _leaves(inner, at)
+        else:
+            yield at, inner
 
 
 class _Comparison:
@@ -339,7 +342,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     said: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
     root = recipe.file.parents[len(Path(recipe.at().rpartition(":")[0]).parts) - 1]
     for where, written in [*_leaves(said, ())]:
-        if _is_path(where) and not Path(written).is_absolute():
+        if _is_path(where) and not os.path.isabs(written):
             around = where[:-1] if isinstance(where[-1], str) else where[:-2]
             place = lexical(written, recipe.folder(*around))
             if place.is_relative_to(root):
