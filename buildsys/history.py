@@ -120,7 +120,7 @@ def changes(now: Ingredients, last: Ingredients) -> Iterator[str]:
         yield f"VERSION {last.version} -> {now.version}"
     other = [name for name in last.knobs.keys() | now.knobs.keys() if last.knobs.get(name) != now.knobs.get(name)]
     other += last.knobs.keys() ^ now.knobs.keys()
-    old, new = (dict(flat({name: said[name] for name in other if name in said}, "")) for said in (last.knobs, now.knobs))
+    old, new = ({at: value for name in other if name in said for at, value in flat(said[name], name)} for said in (last.knobs, now.knobs))
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name) or (name in old) != (name in new)]
     for top, group in groupby(names, lambda name: name.partition(".")[0]):
         told = [change(name, old.get(name, "(unset)"), new.get(name, "(unset)")) for name in group]
