@@ -118,6 +118,14 @@ def tools(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:
 SAID = ("device", "gpu", "machine", "products")
 
 
+def told(versions: Mapping[str, str], on: str, now: Mapping[str, Any]) -> tuple[str, ...]:
+    """The same, of a build that a lock alone tells of: `versions` of its tools, and the GPU or CPU that it ran `on` ("": not told)."""
+    new, gpu = now.get("versions", {}), now.get("gpu", {}).get("name")
+    found = [f"{name} {versions[name]} -> {new[name]}" for name in sorted(versions.keys() & new.keys()) if versions[name] != new[name]]
+    here = str(gpu or now.get("machine", {}).get("cpu", ""))
+    return (*found, *([f"{'GPU' if gpu else 'CPU'} {on} -> {here}"] if on and here and on != here else []))
+
+
 def inputs(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:
     """Files that a step read and that were not what they are, by role."""
     unequal = _unequal_files(then.get("inputs", {}), now.get("inputs", {}))

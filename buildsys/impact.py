@@ -293,6 +293,17 @@ def document(impact: Impact) -> str:
     return json.dumps(said | {"recipes": recipes, "refused": refused, "unrecorded": impact.unrecorded, "sum": total}, indent=1)
 
 
+def _locked(session: Session, names: Sequence[str]) -> dict[str, Recorded]:
+    """What locks tell of builds, each with the tools that it was made with."""
+    found = {}
+    for name in names:
+        versions = session.locks.toolchain.of(name)
+        locked = session.locks.of(session.workspace.load(name)) if versions else None
+        if versions and locked is not None and locked.built is not None:
+            found[name] = Recorded(versions, locked.built.on)
+    return found
+
+
 def told(session: Session, said: Mapping[str, str]) -> Iterator[str]:
     """`doit impact`. Raises BuildError at its end where a recipe cannot be planned."""
     shape = said.get("format", "table")
@@ -302,6 +313,6 @@ def told(session: Session, said: Mapping[str, str]) -> Iterator[str]:
         what = "of both upgrade= and base=?" if "base" in said else "of what?"
         raise BuildError("impact", what, "say upgrade=torch==VERSION (or another tool), or base=REF for VERSIONs that this branch moves")
     names = list(session.workspace.names())
-    found = upgrade(session, names, said["upgrade"]) if "upgrade" in said else base(session, names, said["base"])
+    found = upgrade(session, names, said["upgrade"], _locked(session, names)) if "upgrade" in said else base(session, names, said["base"])
     yield from [document(found)] if shape == "json" else table(found)
     fleet.end("impact", len(names), found.refused)

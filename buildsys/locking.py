@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from buildsys.finder import Finder
 from buildsys.lock import Drift, Lock, Locked, again, asked, drift, path_of
 from buildsys.recipe import Recipe
 from buildsys.slots import Choice
+from buildsys.toolchain import FILE, Toolchain
+from buildsys.workspace import FOLDER
 
 if TYPE_CHECKING:
     from buildsys.plan import Plan
@@ -37,6 +40,12 @@ class Locks:
         """What is locked of this recipe or variant."""
         found = self.lock(recipe)
         return found.recipes.get(recipe.name) if found is not None else None
+
+    @cached_property
+    def toolchain(self) -> Toolchain:
+        """What the locked builds were made with. Raises BuildError where the file is none."""
+        path = self._root / FOLDER / FILE
+        return Toolchain.read(path, self.shown(path))
 
     def shown(self, path: Path) -> str:
         """What errors call it."""

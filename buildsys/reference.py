@@ -44,6 +44,8 @@ class Reference:
     steps: Mapping[str, Before]  # by label
     store: Store  # where its files may lie
     lost: tuple[str, ...] = field(default=())  # steps of it that nothing is known of any more
+    tools: Mapping[str, str] = field(default_factory=dict)  # of all its steps, where no manifest tells them step by step
+    on: str = ""  # the GPU's name, or the CPU's, likewise
 
 
 def _label(made: Ingredients) -> str:
@@ -80,9 +82,11 @@ def _latest(steps: Iterable[Before]) -> str:
 # From a lock
 
 
-def locked(lock: Locked, path: Path, steps: Iterable[Step], here: Reference | None, store: Store) -> Reference | None:
+def locked(
+    lock: Locked, path: Path, steps: Iterable[Step], here: Reference | None, store: Store, tools: Mapping[str, str]
+) -> Reference | None:
     """The verified build that the lock tells of, for these steps; None where it tells of none. Of what `here` made with the same digest
-    the files are at hand."""
+    the files are at hand. `tools`: what the build was made with."""
     if lock.built is None:
         return None
     found = {}
@@ -101,7 +105,7 @@ def locked(lock: Locked, path: Path, steps: Iterable[Step], here: Reference | No
             measured,
         )
     found |= {name: Before(output) for name, output in lock.built.steps.items() if name not in found}  # a check that cannot run here
-    return Reference(f"the build that {path.name} tells of", found, store)
+    return Reference(f"the build that {path.name} tells of", found, store, tools=tools, on=lock.built.on)
 
 
 def _made(lock: Locked, name: str, step: Step) -> Ingredients:

@@ -85,9 +85,10 @@ class _Earlier:
     lock: Locked | None
     path: Path  # of the lock
     store: Store
+    tools: Mapping[str, str]  # that the locked build was made with
 
     def of(self, steps: tuple[Step, ...]) -> Reference:
-        found = locked(self.lock, self.path, steps, self.built, self.store) if self.lock is not None else None
+        found = locked(self.lock, self.path, steps, self.built, self.store, self.tools) if self.lock is not None else None
         found = found or self.built
         assert found is not None
         return found
@@ -101,7 +102,7 @@ def _earlier(session: Session, name: str, store: Store, named: bool) -> _Earlier
         told = "there is no lock" if lock is None else "its lock tells of no verified build"
         what = f"{name} was never built in {store.root}, and {told}"
         raise BuildError(recipe.at(), what, f"run `doit build recipe={name}` first")
-    return _Earlier(found, lock, path, store)
+    return _Earlier(found, lock, path, store, session.locks.toolchain.of(name) or {} if lock is not None else {})
 
 
 # Before anything is built
@@ -327,7 +328,7 @@ class _Rerun:
         """What of two manifests differs, nearest first, and what to do about it."""
         now = artifact.meta.get("built", {})
         code = list(causes.changes(before.made, step).code) if before.made is not None else []
-        around = list(causes.tools(before.built, now)) if before.built else []
+        around = list(causes.tools(before.built, now) if before.built else causes.told(self.reference.tools, self.reference.on, now))
         read = list(causes.inputs(before.built, now)) if before.built else []
         if code:
             return [

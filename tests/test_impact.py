@@ -333,3 +333,12 @@ def test_doit_and_the_command_line_say_the_same(branch: Path) -> None:
     ):
         refused = runs.doit(branch, "impact", *words)
         assert refused.status == 1 and what in refused.err and "Traceback" not in refused.err, (words, refused)
+
+
+def test_locks_and_the_toolchain_tell_of_a_build_that_is_gone(tiny: Path, tmp_path: Path) -> None:
+    """As a clone has them: the recipe, its lock, recipes/toolchain.lock, and no store."""
+    there = runs.copy(tiny, tmp_path / "there")
+    runs.doit(there, "lock", "recipe=tiny").fine()
+    clone = runs.copy(there, tmp_path / "clone", built=False)
+    said = runs.doit(clone, "impact", "upgrade=torch==99.0").fine().out
+    assert re.search(r"^ *tiny\b", said, re.M) and "torch" in said, said

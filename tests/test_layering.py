@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("workspace", "finder", "graph", "history", "plan"),
     ("recipe_schema", "outlook", "verdict", "trials", "steps", "worker"),
     ("release",),
-    ("lock", "locking", "toolchain"),
+    ("lock", "toolchain", "locking"),
     ("causes", "unequal", "reference"),
     ("report",),
     ("review",),
