@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import runs
 from safetensors.torch import load_file
 
 from buildsys.quant.bootstrap import interval
 from buildsys.store import Store
+
+pytestmark = pytest.mark.slow
 
 
 def scores(workspace: Path, recipe: str) -> dict[str, object]:

@@ -25,6 +25,8 @@ from apiserver import ApiServer
 from buildsys.serving.ports import free_port, listeners
 from buildsys.serving.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 ENDED_S = 20
 
 

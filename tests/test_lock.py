@@ -11,6 +11,8 @@ import pytest
 import runs
 from hubserver import HubServer
 
+pytestmark = pytest.mark.slow
+
 HUB = """\
 schema: 1
 source: {hf_hub: {repo: org/llama}}

@@ -20,6 +20,8 @@ from test_tasks import Place
 from buildsys import causes
 from buildsys.lock import Lock, of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 IDENTICAL = re.compile(r"^tiny: identical, (\d+) steps, digest ([0-9a-f]{64})$", re.MULTILINE)
 

@@ -12,6 +12,8 @@ import pytest
 import runs
 from hubserver import HubServer, User
 
+pytestmark = pytest.mark.slow
+
 CANARY = "hf_canaryCANARYcanaryCANARYcanaryCANARY"
 SOURCE, TEXT, TARGET = "some-org/demo", "some-org/text", "my-org/demo-4bit"
 RECIPE = f"""\

@@ -23,6 +23,8 @@ import runs
 
 from buildsys.store import Store
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = Path(__file__).parent / "tools.jinja"
 ASKED = "batches: [1, 2], new_tokens: 6, prompts: 3, prompt_tokens: 24, repeats: 1"
 

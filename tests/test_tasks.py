@@ -369,7 +369,7 @@ def test_gc(place: Place) -> None:
         (["build", "recipe=x*"], "matches none"),
         (["build", "recipe="], "is empty"),
         (["build", "recpie=demo"], "did you mean recipe=?"),
-        (["build", "recipe=demo", "tint=red"], "the variables are recipe="),
+        (["build", "recipe=demo", "xq=red"], "the variables are recipe="),
         (["build", "recipe=demo", "threads=0"], "no number from 1"),
         (["build", "recipe=demo", "batch=many"], "no number from 1"),
         (["build", "recipe=demo", "device=tpu"], "auto, cpu, cuda"),

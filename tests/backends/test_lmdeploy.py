@@ -28,6 +28,8 @@ from buildsys.scheme import Scheme
 from buildsys.store import Store
 from buildsys.workspace import Workspace
 
+pytestmark = pytest.mark.slow
+
 # What it may be asked
 
 

@@ -19,6 +19,8 @@ from buildsys.io.checkpoint import Checkpoint
 from buildsys.quant.model import Model
 from buildsys.survey import describe, read_config
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 

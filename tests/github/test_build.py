@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import runs
 from workflows import Runner, clean
+
+pytestmark = pytest.mark.slow
 
 INSTALL = "Install buildsys as of this action's commit"
 

@@ -9,6 +9,8 @@ import pytest
 from githubserver import BOT, GitHub, serving
 from workflows import Runner, clean
 
+pytestmark = pytest.mark.slow
+
 MARKER = "<!-- buildsys: review -->\n"
 
 

@@ -11,6 +11,8 @@ import pytest
 from githubserver import REPOSITORY, GitHub, serving
 from workflows import Runner, clean
 
+pytestmark = pytest.mark.slow
+
 HEAD, BASE, OLD = "1a2b3c4d" * 5, "b" * 40, "9" * 40
 
 

@@ -12,6 +12,8 @@ import runs
 import yaml
 from workflows import ROOT, clean
 
+pytestmark = pytest.mark.slow
+
 PRE_COMMIT = [sys.executable, "-m", "pre_commit"]
 HOOKS = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
 EXAMPLES = ROOT / "docs" / "examples"

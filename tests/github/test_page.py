@@ -15,6 +15,8 @@ import yaml
 from test_workflows import schema, unpinned
 from workflows import ACTIONS, ROOT, WORKFLOWS, clean, read
 
+pytestmark = pytest.mark.slow
+
 PAGE = (ROOT / "docs" / "review.md").read_text()
 BLOCK = re.compile(r"^```(diff|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DIGEST = re.compile(r"\b[0-9a-f]{12,}\b")

@@ -15,6 +15,8 @@ from githubserver import BOT, GitHub, serving
 from packaging.requirements import Requirement
 from workflows import ACTIONS, ROOT, Runner, clean, environment
 
+pytestmark = pytest.mark.slow
+
 REQUIREMENTS = ACTIONS / "review" / "requirements.txt"
 INSTALL = "Install buildsys as of this action's commit, without what only builds need"
 

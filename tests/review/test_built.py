@@ -11,6 +11,8 @@ import runs
 import scripted
 from scripted import Team
 
+pytestmark = pytest.mark.slow
+
 CASES = {"kv-policy": "alpha", "group-size": "alpha,charlie@kv8", "loosened": "hotel", "revision": "bravo", "renamed": "golf"}
 RENAMED = {"golf": "golf-2"}
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import runs
 import scripted
 from scripted import Team
+
+pytestmark = pytest.mark.slow
 
 
 def test_locks_tell_how_the_numbers_moved(team: Team, tmp_path: Path) -> None:
