@@ -1,11 +1,12 @@
 """What `doit plan` says of a GPU's memory and speed, beside what TurboMind does there: weights, KV pool, tokens in it, memory, tokens/s.
 
-    python benchmarks/planner.py [--only awq-0.5,fp16] [--folder DIR] [--out FILE]
+    python benchmarks/planner.py [--only awq-0.5,fp16] [--shape "--layers 4 --hidden 3584"] [--folder DIR] [--out FILE]
 
-A Llama of 8 layers of 7B width with random weights, packed by `doit build` in awq, and the source beside it. Each case is an engine in a
-process of its own. Told by the engine's log: bytes of the pool, pages and blocks in it. Asked of the driver: memory in use on the device
+A Llama of 8 layers of 7B width with random weights, packed by `doit build` in FORMATS, and the source beside it. Each case is an engine in
+a process of its own. Told by the engine's log: bytes of the pool, pages and blocks in it. Asked of the driver: memory in use on the device
 before, after weights, after the engine is up, and under load. One case fills the pool until sessions wait, and counts what it held. Limits:
-weights 1%, tokens in the pool 3%, memory less the pool 5% or 300 MiB. Needs CUDA and lmdeploy; exit 1 where a limit is missed.
+weights 1%, tokens in the pool 3%, memory less the pool 5% or 300 MiB. Needs CUDA and lmdeploy; exit 1 where a limit is missed. The
+planner's constants were fitted to the model that is made by default; --shape makes another, to which they were not.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ import yaml
 
 from buildsys import footprint, gpus
 from buildsys.architecture import Architecture
-from buildsys.footprint import CONTEXT_BYTES, MIB, PAGE_BYTES, Asked, Serving
+from buildsys.footprint import MIB, PAGE_BYTES, Asked, Serving
 from buildsys.gpus import KvPolicy
 from buildsys.scheme import Scheme, Schemes
 from buildsys.survey import describe
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPE = ["--layers", "8", "--samples", "4", "--seqlen", "128"]  # of speed.py's model; the rest of the shape are its defaults
+SHAPE = "--layers 8"  # of speed.py's model; the rest of the shape are its defaults
+TEXT = ["--samples", "4", "--seqlen", "128"]
 POLICIES: Mapping[KvPolicy, int] = {"none": 0, "int8": 8, "int4": 4}
 LIMIT_S = 150
 ANSWER = "ANSWER "
@@ -52,7 +54,7 @@ class Case:
     """One engine. `load`: what it is asked for; none: only started."""
 
     name: str
-    model: str  # awq, fp16, demo
+    model: str  # fp16, demo, or a format of FORMATS
     policy: KvPolicy = "none"
     share: float = 0.2
     session_len: int = 8192
@@ -69,7 +71,7 @@ class Case:
             "cache_max_entry_count": self.share,
             "quant_policy": POLICIES[self.policy],
             "max_batch_size": self.max_batch_size,
-            "model_format": "awq" if self.model == "awq" else "hf",
+            "model_format": {"fp16": "hf", "demo": "hf", "compressed_tensors": "compressed-tensors"}.get(self.model, self.model),
         }
 
 
@@ -82,7 +84,14 @@ CASES = (
     Case("fp16", "fp16"),
     Case("awq-fill", "awq", share=0.03, load="fill"),
     Case("awq-wide", "awq", session_len=2048, max_batch_size=256, load="none"),
+    Case("gptq", "gptq", load="none"),
+    Case("g32", "compressed_tensors", load="none"),
 )
+FORMATS: Mapping[str, dict[str, Any]] = {
+    "awq": {},
+    "gptq": {"format": "gptq", "quantization": {"symmetric": True}},
+    "compressed_tensors": {"format": "compressed_tensors", "quantization": {"group_size": 32}},
+}
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,7 @@ class Seen:
     weights: int = 0  # of the default memory pool
     started: int = 0
     loaded: int = 0
+    kept: tuple[tuple[int, ...], ...] = ()  # Device.kept: after weights, started, loaded
     most_usage: float = 0.0  # of the KV pool
     rates: tuple[tuple[int, float], ...] = ()  # (batch, tokens a second of decoding)
     seconds: float = 0.0
@@ -107,11 +117,12 @@ def main() -> int:
     parser.add_argument("--only", help=f"some of {', '.join(case.name for case in CASES)}, with commas between")
     parser.add_argument("--folder", type=Path, help="work here, and leave it; what is built there already is not built again")
     parser.add_argument("--out", type=Path, help="write what was seen here too, as JSON")
+    parser.add_argument("--shape", default=SHAPE, help=f"speed.py's options for another model ({SHAPE})")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     said = parser.parse_args()
     if said.prepare:
-        prepare(said.folder)
+        prepare(said.folder, said.shape)
         return 0
     if said.case:
         answer(said.folder, next(case for case in CASES if case.name == said.case))
@@ -123,7 +134,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (said.folder or Path(temporary)).resolve()
         print(f"{smi('name')}, driver {smi('driver_version')}, {smi('memory.total')} MiB, {smi('memory.used')} MiB in use", flush=True)
-        timed([sys.executable, __file__, "--prepare", "--folder", str(folder)], folder)
+        timed([sys.executable, __file__, "--prepare", "--folder", str(folder), "--shape", said.shape], folder)
         return measure(folder, cases, said.out)
 
 
@@ -138,8 +149,7 @@ def measure(folder: Path, cases: Sequence[Case], out: Path | None) -> int:
             print("   FAILED: " + "\n   ".join(log.splitlines()[-25:]), flush=True)
             missed += 1
             continue
-        asked = (case.session_len, case.max_batch_size)
-        print(f"   {seen}\n   {told}\n   {footprint.workspace(model(folder, case)[0], *asked)}", flush=True)
+        print(f"   {seen}\n   {told}\n   {work(*model(folder, case), case)}", flush=True)
         kept.append({"case": asdict(case), "seen": asdict(seen), "told": asdict(told)})
         for row in rows(folder, case, seen, told):
             missed += not row.holds
@@ -153,19 +163,19 @@ def measure(folder: Path, cases: Sequence[Case], out: Path | None) -> int:
 # What is measured
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, shape: str) -> None:
     """The model, drawn on the GPU in a process that ends before anything is measured, and its artifact."""
     import speed
 
-    sys.argv = [sys.argv[0], *SHAPE]
+    sys.argv = [sys.argv[0], *shape.split(), *TEXT]
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "model").exists():
         speed.make_model(folder / "model", speed.arguments())
         speed.make_text(folder / "recipes")
         (folder / "dodo.py").write_text("from buildsys.tasks import *\n")
         (folder / "recipes" / "planner.yaml").write_text(yaml.safe_dump(recipe(), sort_keys=False))
-    if not (folder / "artifacts" / "planner").exists():
-        timed([sys.executable, "-m", "doit", "build", "recipe=planner", "device=cuda"], folder)
+    if not (folder / "artifacts" / "planner@awq").exists():
+        timed([sys.executable, "-m", "doit", "build", "recipe=*", "device=cuda"], folder)
 
 
 def recipe() -> dict[str, Any]:
@@ -176,6 +186,7 @@ def recipe() -> dict[str, Any]:
         "quantization": {"bits": 4, "group_size": 128, "method": ["rtn"]},
         "format": "awq",
         "verify": {"text": {"text_files": {"paths": ["verify.txt"]}}, "samples": 2, "seqlen": 128},
+        "matrix": dict(FORMATS),
     }
 
 
@@ -247,10 +258,19 @@ class Device:
 
     def pooled(self) -> int:
         """Bytes alive in the default memory pool: weights, and the workspace of matrix products."""
-        pool, used = ctypes.c_void_p(), ctypes.c_uint64()
+        return self._pool(7)  # CU_MEMPOOL_ATTR_USED_MEM_CURRENT
+
+    def kept(self) -> tuple[int, ...]:
+        """Bytes that the default memory pool keeps from the device, the most that it kept, the most alive in it; and what torch keeps."""
+        import torch
+
+        return (self._pool(5), self._pool(6), self._pool(8), torch.cuda.memory_reserved())
+
+    def _pool(self, attribute: int) -> int:  # CUmemPool_attribute of cuda.h
+        pool, value = ctypes.c_void_p(), ctypes.c_uint64()
         self._driver.cuDeviceGetDefaultMemPool(ctypes.byref(pool), 0)
-        self._driver.cuMemPoolGetAttribute(pool, 7, ctypes.byref(used))  # CU_MEMPOOL_ATTR_USED_MEM_CURRENT
-        return used.value
+        self._driver.cuMemPoolGetAttribute(pool, attribute, ctypes.byref(value))
+        return value.value
 
 
 def answer(folder: Path, case: Case) -> None:
@@ -259,24 +279,27 @@ def answer(folder: Path, case: Case) -> None:
     marks = watch(device)
     from lmdeploy import TurbomindEngineConfig, pipeline
 
-    path = {"awq": folder / "artifacts" / "planner", "fp16": folder / "model", "demo": ROOT / "recipes" / "demo" / "model"}[case.model]
+    packed = folder / "artifacts" / f"planner@{case.model}"
+    path = {"fp16": folder / "model", "demo": ROOT / "recipes" / "demo" / "model"}.get(case.model, packed)
     serving = pipeline(str(path), backend_config=TurbomindEngineConfig(**case.settings), log_level="INFO")
     seen = replace(seen, started=device.used(), **marks)
+    seen = replace(seen, kept=(*seen.kept, device.kept()))
     if case.load == "rates":
         speak(serving, case, 32, 300, 4)  # kernels are loaded when they are first used
         seen = replace(seen, rates=tuple((batch, rate(serving, case, batch)) for batch in (1, 32)))
     elif case.load == "fill":
         seen = replace(seen, most_usage=filled(serving, case))
-    print(f"\n{ANSWER}{json.dumps(asdict(replace(seen, loaded=device.used())))}", flush=True)
+    seen = replace(seen, loaded=device.used(), kept=(*seen.kept, device.kept()))
+    print(f"\n{ANSWER}{json.dumps(asdict(seen))}", flush=True)
     time.sleep(1)  # the engine's log comes from a thread of its own
     os._exit(0)  # taking TurboMind down has ended processes now and then
 
 
-def watch(device: Device) -> dict[str, int]:
+def watch(device: Device) -> dict[str, Any]:
     """Filled in while the engine starts: what is in use before and after its weights are there."""
     from lmdeploy.turbomind.turbomind import TurboMind
 
-    marks: dict[str, int] = {}
+    marks: dict[str, Any] = {}
     create_weight, create_engine = TurboMind._create_weight, TurboMind._create_engine
 
     def weighted(self: Any, *arguments: Any) -> None:
@@ -284,7 +307,7 @@ def watch(device: Device) -> dict[str, int]:
         marks.update(before_weights=device.used(), weights=-device.pooled())
 
     def started(self: Any) -> None:
-        marks.update(after_weights=device.used(), weights=marks["weights"] + device.pooled())
+        marks.update(after_weights=device.used(), weights=marks["weights"] + device.pooled(), kept=(device.kept(),))
         create_engine(self)
 
     TurboMind._create_weight, TurboMind._create_engine = weighted, started
@@ -399,17 +422,17 @@ def rows(folder: Path, case: Case, seen: Seen, told: Told) -> Iterator[Row]:
     architecture, schemes = model(folder, case)
     gpu = gpus.GPUS[next(iter(gpus.close(seen.gpu)))]
     asked = Asked(gpu, 1, case.policy, case.share, case.session_len, case.max_batch_size)
-    here = footprint.held(architecture, schemes)
+    here = footprint.held(architecture, schemes, 1, gpu.sm)
     planned = footprint.filled(architecture, schemes, here, asked)
-    work = footprint.workspace(architecture, case.session_len, case.max_batch_size)
+    later = work(architecture, schemes, case)
     yield Row("memory of the GPU, bytes", planned.memory_bytes, seen.total)
     yield Row("bare CUDA context, bytes", 0, seen.bare)
     yield Row("context before weights, bytes", 0, seen.before_weights)
     yield Row("weights in the default pool, bytes", here.total_bytes, seen.weights, 0.01 if case.model != "demo" else None)
     yield Row("weights by what is in use, bytes", here.total_bytes, seen.after_weights - seen.before_weights)
-    yield Row("context at CreateEngine, bytes", CONTEXT_BYTES, seen.total - told.free - seen.weights)
-    yield Row("after the pool, bytes", work.total_bytes, seen.started - told.pool - (seen.total - told.free))
-    yield Row("  under load, bytes", work.total_bytes, seen.loaded - told.pool - (seen.total - told.free))
+    yield Row("context at CreateEngine, bytes", planned.context_bytes, seen.total - told.free - seen.weights)
+    yield Row("after the pool, bytes", later.total_bytes, seen.started - told.pool - (seen.total - told.free))
+    yield Row("  under load, bytes", later.total_bytes, seen.loaded - told.pool - (seen.total - told.free))
     yield Row("KV pool, bytes", planned.pool_bytes, told.pool, 0.03)
     yield Row("KV of a token (block / 64)", planned.kv_bytes_per_token, told.block / footprint.KV_BLOCK_TOKENS, 0.0)
     yield Row("tokens in the pool", planned.pool_tokens, told.tokens, 0.03)
@@ -429,10 +452,15 @@ def _whole(planned: Serving, seen: Seen, told: Told) -> Iterator[Row]:
     yield Row("memory less the pool, under load, bytes", rest, seen.loaded - told.pool, share, least)
 
 
+def work(architecture: Architecture, schemes: Schemes | None, case: Case) -> footprint.Workspace:
+    return footprint.workspace(architecture, case.session_len, case.max_batch_size, quantized=schemes is not None)
+
+
 def model(folder: Path, case: Case) -> tuple[Architecture, Schemes | None]:
     path = ROOT / "recipes" / "demo" / "model" if case.model == "demo" else folder / "model"
     architecture, _ = describe(json.loads((path / "config.json").read_text()), "config.json")
-    return architecture, Schemes(Scheme(4, 128)) if case.model == "awq" else None
+    group_size = {"awq": 128, "gptq": 128, "compressed_tensors": 32}.get(case.model)
+    return architecture, Schemes(Scheme(4, group_size)) if group_size else None
 
 
 if __name__ == "__main__":

@@ -113,5 +113,5 @@ def serving(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> footprint.Ser
     said = on_target(recipe, surveyed)
     if said is None:
         return None
-    held = footprint.held(surveyed.architecture, schemes, said.count)
+    held = footprint.held(surveyed.architecture, schemes, said.count, said.gpu.sm)
     return footprint.filled(surveyed.architecture, schemes, held, said)

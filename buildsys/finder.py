@@ -82,8 +82,8 @@ class Finder:
         said = deployment.on_target(recipe, surveyed)
         if said is None:
             return None
-        key = ("held", id(self._kept(surveyed.architecture)), id(self._kept(schemes)), said.count)
-        here = self.once(key, lambda: footprint.held(surveyed.architecture, schemes, said.count))
+        key = ("held", id(self._kept(surveyed.architecture)), id(self._kept(schemes)), said.count, said.gpu.sm)
+        here = self.once(key, lambda: footprint.held(surveyed.architecture, schemes, said.count, said.gpu.sm))
         return footprint.filled(surveyed.architecture, schemes, here, said)
 
     def building(self, surveyed: Survey, schemes: Schemes, speed: effort.Speed, **asked: Any) -> effort.Building:

@@ -31,8 +31,14 @@ PHASES = 2  # turbomind.cc: buffers of a batch are there twice, since the next i
 SPLIT_K_TOKENS = 4096  # unified_attention_layer.h kMaxWorkspaceTokens
 LOGPROBS = 1024  # utils/constant.h kMaxLogProb, of each session
 
-# Measured, or to be.
-CONTEXT_BYTES = int(0.6 * GIB)  # CUDA context, loaded kernels, workspace of matrix products
+# Measured on one H200 (benchmarks/planner.py); smaller GPUs have smaller contexts.
+CONTEXT_BYTES = 955 * MIB  # before the pool is cut: CUDA context, TurboMind's kernels, workspace of matrix products
+KERNELS_BYTES = 130 * MIB  # after it: what is loaded while the engine warms up
+SM90_GROUP = 32  # weights for which an sm90 kernel has a scale and a zero of its own, however many the checkpoint's have
+SM90_PARAMS_BYTES = 2.5  # of one: a float16 scale and a zero of 4 bits
+SM90_LOADED_BYTES = 4.0  # the same until the weights are packed, scale and zero in float16
+
+# To be measured.
 GROUP_BYTES = int(0.3 * GIB)  # NCCL's buffers where several GPUs share a model
 BANDWIDTH_SHARE = 0.8  # of the data sheet's, that weights and the cache stream at
 PRODUCT_SHARE = 0.5  # of the tensor cores' throughput, that products of a large batch reach
@@ -52,10 +58,11 @@ class TensorBytes:
 
 @dataclass(frozen=True)
 class Held:
-    """Weights on one of `count` GPUs. `experts_bytes` is part of `total_bytes`."""
+    """Weights on one of `count` GPUs. `experts_bytes` is part of `total_bytes`, `loading_bytes` is not."""
 
     count: int
     total_bytes: int
+    loading_bytes: int  # what loading them took beside them, which the driver's memory pool keeps
     table_bytes: int  # of the embedding, of which a step reads a row for each session
     experts_bytes: int
     computed: int  # numbers that one token is multiplied with
@@ -126,7 +133,7 @@ class Serving:
     gpu: str
     count: int
     memory_bytes: int
-    context_bytes: int
+    context_bytes: int  # and what loading leaves
     weights_bytes: int
     workspace_bytes: int
     pool_bytes: int  # max_entry_count of what is free after context and weights
@@ -147,12 +154,13 @@ class Serving:
         return self.context_bytes + self.weights_bytes + self.workspace_bytes + self.session_bytes
 
 
-def weights(architecture: Architecture, schemes: Schemes | None) -> tuple[TensorBytes, ...]:
-    """Every tensor's bytes; `schemes` None is the source model in float16.
+def weights(architecture: Architecture, schemes: Schemes | None, sm: int = 0) -> tuple[TensorBytes, ...]:
+    """Every tensor's bytes, on a GPU of that compute capability; `schemes` None is the source model in float16.
 
     A quantized [out, in] weight is out x in codes of `bits`, and for each of its out x groups a float16 scale and, on disk, a zero of
-    `bits`. The engine fuses scale and zero to two float16 (linear_weight.cc, fuse_scales_and_zeros). Tied embeddings are one tensor on
-    disk and two on the GPU, where the head has a layout of its own.
+    `bits`. The engine fuses scale and zero to two float16 (linear_weight.cc, fuse_scales_and_zeros); on sm90 it repeats them for every
+    SM90_GROUP weights (builders/_base.py, bridge). Tied embeddings are one tensor on disk and two on the GPU, where the head has a layout
+    of its own.
     """
     linears = {architecture.prefix(layer) + each.name: each for layer in range(architecture.layers) for each in architecture.linears}
     found = []
@@ -166,8 +174,18 @@ def weights(architecture: Architecture, schemes: Schemes | None) -> tuple[Tensor
         else:
             codes_bytes = ceil(linear.out_features * linear.in_features * scheme.bits / 8)
             pairs = linear.out_features * scheme.groups(linear.in_features)
-            found.append(TensorBytes(name, shape, True, codes_bytes + pairs * 2 + ceil(pairs * scheme.bits / 8), codes_bytes + pairs * 4))
+            params_bytes = int(_sm90_groups(linear) * SM90_PARAMS_BYTES) if _bridged(scheme, sm) else pairs * 4
+            on_disk = codes_bytes + pairs * 2 + ceil(pairs * scheme.bits / 8)
+            found.append(TensorBytes(name, shape, True, on_disk, codes_bytes + params_bytes))
     return tuple(found)
+
+
+def _bridged(scheme: Scheme, sm: int) -> bool:
+    return scheme.bits == 4 and sm == 90
+
+
+def _sm90_groups(linear: Linear) -> int:
+    return linear.out_features * ceil(linear.in_features / SM90_GROUP)
 
 
 def part(architecture: Architecture, tensor: str) -> str:
@@ -178,16 +196,17 @@ def part(architecture: Architecture, tensor: str) -> str:
     return "norms and biases" if role is None else "MLP" if role in ("gate", "up", "gate_up", "down") else "attention"
 
 
-def held(architecture: Architecture, schemes: Schemes | None, count: int = 1) -> Held:
-    """On one of `count` GPUs. Matrices are shared out over them; norms, biases and routers are copied to each (builders/_base.py).
+def held(architecture: Architecture, schemes: Schemes | None, count: int = 1, sm: int = 0) -> Held:
+    """On one of `count` GPUs of that compute capability. Matrices are shared out over them; norms, biases and routers are copied to each
+    (builders/_base.py).
 
     What does not divide is padded first: builders/attention.py repeats KV heads, ffn.py rounds the inner size up to whole groups on every
     GPU, text_model.py gives the head's rows a multiple of 8 on every GPU.
     """
     linears = {architecture.prefix(layer) + each.name: each for layer in range(architecture.layers) for each in architecture.linears}
-    total = experts = table = computed = 0.0
+    total = experts = table = computed = spread = 0.0
     asked = 1.0 if architecture.experts is None else architecture.experts.per_token / architecture.experts.count
-    for each in weights(architecture, schemes):
+    for each in weights(architecture, schemes, sm):
         module = each.name.removesuffix(".weight")
         linear = linears.get(module)
         if each.name in (architecture.embed, architecture.lm_head):
@@ -200,10 +219,21 @@ def held(architecture: Architecture, schemes: Schemes | None, count: int = 1) ->
         else:
             scheme = schemes.of(module) if schemes is not None else None
             size = each.gpu_bytes / count * _padding(architecture, linear, scheme, count)
+            if scheme is not None and _bridged(scheme, sm):
+                spread += _sm90_groups(linear) / count * (SM90_LOADED_BYTES - SM90_PARAMS_BYTES)
             experts += size if linear.expert is not None else 0
             computed += prod(each.shape) / count * (asked if linear.expert is not None else 1)
         total += size
-    return Held(count, ceil(total), int(table), int(experts), int(computed))
+    return Held(count, ceil(total), int(spread + _staged_bytes(architecture, schemes, count)), int(table), int(experts), int(computed))
+
+
+def _staged_bytes(architecture: Architecture, schemes: Schemes | None, count: int) -> float:
+    """The most that a tensor needs beside itself while it is laid out for the kernels (linear_weight.cc, prepare): gate and up in one, two
+    times in 16 bits where they are quantized and once where they are not, or an embedding that comes in bfloat16."""
+    wide = 2 * architecture.hidden_size * architecture.intermediate_size / count
+    if schemes is not None:
+        return 2 * 2 * wide
+    return max(2 * wide, 2 * architecture.vocab_size * architecture.hidden_size / count)
 
 
 def _padding(architecture: Architecture, linear: Linear, scheme: Scheme | None, count: int) -> float:
@@ -239,13 +269,14 @@ def pool(total_bytes: int, block_bytes: int) -> Pool:
     return Pool(total_bytes, block_bytes, slab_bytes, slab_bytes // block_bytes)
 
 
-def workspace(architecture: Architecture, session_len: int, max_batch_size: int, count: int = 1) -> Workspace:
+def workspace(architecture: Architecture, session_len: int, max_batch_size: int, count: int = 1, *, quantized: bool) -> Workspace:
     """Buffers on one of `count` GPUs, float16 unless said, of the largest forward that the scheduler makes.
 
     A forward prefills PREFILL_TOKENS at most, no more than session_len of context (turbomind.cc max_context_token_num), and decodes a token
-    of each other session. Alive in it: the residual and hidden states; of attention q, k, v, its output and the context's keys and values
-    unpacked; of an MLP gate and up, of a mixture for each expert that a token asks, with their routes and outputs.
-    Fixed: float32 partial sums of split-k, ids and log-probabilities of every session, tables of blocks.
+    of each other session. Alive in it: the residual and three times hidden states; of attention q, k, v, its output and the context's keys
+    and values unpacked; of an MLP gate and up, or their product where the weights are quantized (builders/ffn.py, fuse_silu), of a mixture
+    for each expert that a token asks, with their routes and outputs.
+    Fixed: kernels; float32 partial sums of split-k, ids and log-probabilities of every session, tables of blocks.
     """
     context = session_len if session_len > max_batch_size else session_len * session_len
     tokens = min(PREFILL_TOKENS, context) + max_batch_size
@@ -253,7 +284,7 @@ def workspace(architecture: Architecture, session_len: int, max_batch_size: int,
     hidden, inner, experts = architecture.hidden_size, ceil(architecture.intermediate_size / count), architecture.experts
     unpacked = 2 * 2 * (context + KV_BLOCK_TOKENS) * kv_heads * head_dim
     attention = 2 * tokens * (2 * heads + 2 * kv_heads) * head_dim + unpacked
-    mlp = 2 * tokens * 2 * inner
+    mlp = 2 * tokens * (1 if quantized else 2) * inner
     if experts is not None:
         mlp = tokens * experts.per_token * (2 * 2 * inner + 2 * hidden + 4 * 4) + 2 * 4 * tokens * experts.count
     split = 4 * SPLIT_K_TOKENS * (heads * (head_dim + 2) + 1)
@@ -261,8 +292,8 @@ def workspace(architecture: Architecture, session_len: int, max_batch_size: int,
     sessions = max_batch_size * (4 * session_len + PHASES * 8 * LOGPROBS)
     shared = 2 * max((PREFILL_TOKENS + max_batch_size) * hidden, max_batch_size * architecture.vocab_size) + GROUP_BYTES if count > 1 else 0
     return Workspace(
-        fixed_bytes=split + tables + sessions + shared,
-        forward_bytes=2 * 2 * tokens * hidden + max(attention, mlp),
+        fixed_bytes=KERNELS_BYTES + split + tables + sessions + shared,
+        forward_bytes=2 * 4 * tokens * hidden + max(attention, mlp),
         head_bytes=max_batch_size * (2 * hidden + architecture.vocab_size * (2 + 4 + 4)),
     )
 
@@ -279,7 +310,7 @@ def decode(
 ) -> Decode:
     """From bandwidth: a step reads the weights once and every session's cache, unless its products take longer, and every layer waits for
     a chain of kernels."""
-    return _decode(architecture, held(architecture, schemes, count), schemes, gpu, kv_policy, batch, context_tokens)
+    return _decode(architecture, held(architecture, schemes, count, gpu.sm), schemes, gpu, kv_policy, batch, context_tokens)
 
 
 def _decode(
@@ -308,18 +339,19 @@ def serving(
     """Fills one of `count` GPUs as CreateEngine does: context, weights, then a pool of `max_entry_count` of what is free; the rest is
     workspace's. `schemes` None is the source model in float16."""
     asked = Asked(gpu, count, kv_policy, max_entry_count, session_len, max_batch_size)
-    return filled(architecture, schemes, held(architecture, schemes, count), asked)
+    return filled(architecture, schemes, held(architecture, schemes, count, gpu.sm), asked)
 
 
 def filled(architecture: Architecture, schemes: Schemes | None, here: Held, asked: Asked) -> Serving:
-    """`serving` where the weights are known: `here` is of `asked.count` GPUs."""
+    """`serving` where the weights are known: `here` is of `asked.count` such GPUs."""
     gpu, session_blocks = asked.gpu, ceil(asked.session_len / KV_BLOCK_TOKENS)
     memory_bytes = int(gpu.memory_gib * GIB)
-    free_bytes = max(0, memory_bytes - CONTEXT_BYTES - here.total_bytes)
+    context_bytes = CONTEXT_BYTES + here.loading_bytes
+    free_bytes = max(0, memory_bytes - context_bytes - here.total_bytes)
     per_token = kv_bytes_per_token(architecture, asked.kv_policy, asked.count)
     cache = pool(int(free_bytes * asked.max_entry_count), per_token * KV_BLOCK_TOKENS)
-    work_bytes = workspace(architecture, asked.session_len, asked.max_batch_size, asked.count).total_bytes
-    beside_bytes = memory_bytes - CONTEXT_BYTES - here.total_bytes - cache.total_bytes - work_bytes
+    work_bytes = workspace(architecture, asked.session_len, asked.max_batch_size, asked.count, quantized=schemes is not None).total_bytes
+    beside_bytes = memory_bytes - context_bytes - here.total_bytes - cache.total_bytes - work_bytes
     context_tokens = min(CONTEXT_TOKENS, asked.session_len)
     rates = [
         _decode(architecture, here, schemes, gpu, asked.kv_policy, batch, context_tokens)
@@ -329,7 +361,7 @@ def filled(architecture: Architecture, schemes: Schemes | None, here: Held, aske
         gpu=gpu.name,
         count=asked.count,
         memory_bytes=memory_bytes,
-        context_bytes=CONTEXT_BYTES,
+        context_bytes=context_bytes,
         weights_bytes=here.total_bytes,
         workspace_bytes=work_bytes,
         pool_bytes=cache.total_bytes,
@@ -345,4 +377,5 @@ def filled(architecture: Architecture, schemes: Schemes | None, here: Held, aske
 def needed_bytes(architecture: Architecture, schemes: Schemes | None, *, kv_policy: KvPolicy, session_len: int) -> int:
     """The least memory of one GPU that serves one session, where a recipe names no target."""
     session_bytes = ceil(session_len / KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS * kv_bytes_per_token(architecture, kv_policy)
-    return CONTEXT_BYTES + held(architecture, schemes).total_bytes + workspace(architecture, session_len, 1).total_bytes + session_bytes
+    here, work = held(architecture, schemes), workspace(architecture, session_len, 1, quantized=schemes is not None)
+    return CONTEXT_BYTES + here.loading_bytes + here.total_bytes + work.total_bytes + session_bytes

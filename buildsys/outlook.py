@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from buildsys import footprint
-from buildsys.deployment import on_target
+from buildsys.deployment import on_target, target_gpu
 from buildsys.footprint import GIB, KV_BITS, Serving, kv_bytes_per_token
 from buildsys.gpus import KvPolicy
 from buildsys.plan import Plan
@@ -50,7 +50,8 @@ def _memory(serving: Serving) -> Iterator[str]:
 def _weights(plan: Plan) -> str:
     """Of the whole model, however many GPUs share it."""
     sizes: dict[str, int] = {}
-    for tensor in footprint.weights(plan.survey.architecture, plan.layers.schemes):
+    gpu = target_gpu(plan.recipe)
+    for tensor in footprint.weights(plan.survey.architecture, plan.layers.schemes, gpu.sm if gpu is not None else 0):
         part = footprint.part(plan.survey.architecture, tensor.name)
         sizes[part] = sizes.get(part, 0) + tensor.gpu_bytes
     return "     weights: " + ", ".join(f"{part} {size / GIB:.2f} GiB" for part, size in sizes.items())
@@ -73,7 +74,7 @@ def _decode(plan: Plan, serving: Serving) -> Iterator[str]:
     if said is None:
         return
     architecture = plan.survey.architecture
-    here = footprint.held(architecture, None, said.count)
+    here = footprint.held(architecture, None, said.count, said.gpu.sm)
     source = footprint.filled(architecture, None, here, replace(said, kv_policy="none"))
     rates = ", ".join(f"{one.tokens_per_s:,.0f} tokens/s at batch {one.batch}" for one in serving.decode)
     theirs = " and ".join(f"{one.tokens_per_s:,.0f}" for one in source.decode)

@@ -53,16 +53,17 @@ def counts(architecture: Architecture) -> str:
 
 @dataclass(frozen=True)
 class Search:
-    """One model, asked about in many ways. `known`: its weights by number of GPUs, which take the longest to count."""
+    """One model, asked about in many ways. `known`: its weights by number and sm of GPUs, which take the longest to count."""
 
     architecture: Architecture
     schemes: Schemes | None
-    known: dict[int, Held]
+    known: dict[tuple[int, int], Held]
 
     def fits(self, asked: Asked) -> bool:
-        if asked.count not in self.known:
-            self.known[asked.count] = held(self.architecture, self.schemes, asked.count)
-        return filled(self.architecture, self.schemes, self.known[asked.count], asked).fits
+        key = asked.count, asked.gpu.sm
+        if key not in self.known:
+            self.known[key] = held(self.architecture, self.schemes, *key)
+        return filled(self.architecture, self.schemes, self.known[key], asked).fits
 
     def shares(self, asked: Asked) -> list[float]:
         """Every max_entry_count in hundredths that makes it fit."""

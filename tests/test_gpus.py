@@ -142,6 +142,7 @@ def test_refusals_name_both_values(gpu: str, format: str, kinds: list[Scheme], s
     ("gpu", "format", "policy", "head_dim", "scheme", "says"),
     [
         ("t4", "awq", "int4", 64, Scheme(4, 128), None),
+        ("h200", "awq", "int4", 64, Scheme(4, 128), "KV policy int4 for heads of 128, 256, head_dim is 64"),
         (None, "awq", "none", 80, Scheme(4, 128), None),
         ("h100", "awq", "none", 128, Scheme(4, 64), "groups of 128 only, group_size is 64"),
         (None, "awq", "none", 128, Scheme(4, -1), "group_size is -1"),
@@ -150,7 +151,7 @@ def test_refusals_name_both_values(gpu: str, format: str, kinds: list[Scheme], s
         ("h100", "gptq", "none", 128, Scheme(4, 128), "symmetric is false"),
         ("l4", "smooth_quant", "none", 128, FP8, "TurboMind does not load format smooth_quant"),
         ("a100-40gb", "awq", "int8", 192, Scheme(4, 128), None),
-        ("a100-40gb", "awq", "int4", 192, Scheme(4, 128), "KV policy int4 for heads of 64, 128, 256, head_dim is 192"),
+        ("a100-40gb", "awq", "int4", 192, Scheme(4, 128), "KV policy int4 for heads of 128, 256, head_dim is 192"),
         ("t4", "awq", "none", 192, Scheme(4, 128), "t4 (sm75)"),
         ("b200", "awq", "int8", 96, Scheme(4, 128), "head_dim is 96"),
     ],

@@ -79,7 +79,7 @@ def test_what_does_not_fit_says_its_parts_and_what_would(workspace: Path, monkey
     with pytest.raises(BuildErrors) as raised:
         planned(workspace, "format: awq\ntarget: {gpu: small}")
     (error,) = raised.value.errors
-    assert re.search(r"needs [\d.]+ GiB \(context 0\.6, weights 0\.0, workspace 0\.0, one session of 256 tokens 0\.0\)", error.what)
+    assert re.search(r"needs [\d.]+ GiB \(context 0\.9, weights 0\.0, workspace 0\.1, one session of 256 tokens 0\.0\)", error.what)
     assert error.fix == "set target.gpu: t4 | v100 | a10"
 
 

@@ -406,8 +406,8 @@ def test_target_that_is_too_small_says_what_would_do(workspace: Path, monkeypatc
     ("config", "gpu", "policy", "held"),
     [
         ({"num_attention_heads": 4, "num_key_value_heads": 2}, "t4", "none", "64, 128, 256, head_dim is 32"),
-        ({"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 192}, "t4", "none", "64, 128, 256, head_dim is 192"),
-        ({"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 192}, "a10", "int4", "64, 128, 256, head_dim is 192"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 192}, "t4", "none", "128, 256, head_dim is 192"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 192}, "a10", "int4", "128, 256, head_dim is 192"),
     ],
 )
 def test_heads_without_a_kernel(workspace: Path, config: dict[str, int], gpu: str, policy: str, held: str) -> None:

@@ -58,13 +58,13 @@ def test_a_share_that_leaves_no_room_is_told_its_bounds() -> None:
 
 
 def test_a_long_session_names_policy_length_count_and_gpus() -> None:
-    long = asked("t4", session_len=32768)
+    long = asked("t4", session_len=24576)
     said = remedies.hint(LLAMA2_7B, W4, long)
     for word in ("kv_cache.policy: int8", "target.session_len: ", "target.count: ", "target.gpu: "):
         assert word in said, said
     ways = mended(long, said)
     assert len(ways) == 3 + remedies.GPUS_NAMED and all(fits(LLAMA2_7B, W4, way) for way in ways), said
-    shorter = next(way for way in ways if way.session_len != 32768)
+    shorter = next(way for way in ways if way.session_len != 24576)
     longer = replace(shorter, session_len=shorter.session_len * 66 // 64 // 64 * 64 + 64)
     assert not any(fits(LLAMA2_7B, W4, replace(longer, max_entry_count=share / 100)) for share in range(1, 100)), "nearly the longest"
     assert not any(f"{gpu} " in said for gpu in ("h200", "b200")), "the smallest that do"

@@ -14,7 +14,7 @@ from pydantic import Field
 from buildsys.measurement import Limit, Measurement
 from buildsys.slots import Frozen
 
-VERSION = 2  # also bumped when footprint.py or gpus.py comes to other numbers
+VERSION = 3  # also bumped when footprint.py or gpus.py comes to other numbers
 READS = ("plan",)
 LIMITS = {"max_gib": Limit("needed_gib", "max")}
 FIXED: dict[str, tuple[Limit, float]] = {"free_gib": (Limit("free_gib", "min"), 0.0)}
@@ -41,7 +41,7 @@ def measure(knobs: Knobs, inputs: Mapping[str, Any], context: Any) -> list[Measu
         needed = footprint.needed_bytes(architecture, context.schemes, kv_policy=policy, session_len=session_len)
         return [Measurement.exact("needed_gib", needed / footprint.GIB, "GiB", f"one session of {session_len} tokens; no target GPU named")]
     asked = footprint.Asked(gpu, target["count"], policy, kv_cache["max_entry_count"], session_len, target["max_batch_size"])
-    held = footprint.held(architecture, context.schemes, asked.count)
+    held = footprint.held(architecture, context.schemes, asked.count, gpu.sm)
     found = footprint.filled(architecture, context.schemes, held, asked)
     holds = f"{found.sessions} sessions of {session_len} tokens, {found.pool_tokens} tokens in the KV pool"
     fits = holds if found.fits else remedies.hint(architecture, context.schemes, asked)
