@@ -50,6 +50,7 @@ RANDOM: dict[str, dict[str, Any]] = {
     f"d{width}": {"num_hidden_layers": 1, "head_dim": width, "num_attention_heads": 8, "num_key_value_heads": 2} for width in (64, 128, 256)
 }
 MODELS = ("demo", *RANDOM)
+ENDS = ("d64@int4",)  # of which LMDeploy 0.18 dies on sm90, with a misaligned address; gpus.head_dims plans for another engine
 WINDOWS, LENGTH = 16, 256
 PROMPTS, NEW = 20, 32
 TIE_NATS = 0.02
@@ -143,7 +144,7 @@ def main() -> int:
 
 def chosen(only: str | None) -> list[str]:
     """Names of cases, each model's `none` first, which its others are held against; an unknown one ends the program."""
-    every = [f"{model}@{policy}" for model in MODELS for policy in QUANT_POLICY]
+    every = [f"{model}@{policy}" for model in MODELS for policy in QUANT_POLICY if f"{model}@{policy}" not in ENDS]
     asked = only.split(",") if only else list(MODELS)
     unknown = [name for name in asked if name not in (*every, *MODELS)]
     if unknown:

@@ -5,7 +5,7 @@
 demo: `doit build` of the shipped model with serve gates, for KV none, int8 and int4, with a chat template that knows tools: every answer,
 the agreement of greedy tokens and every gate have to hold. wide: random weights in 4 bits, int8 KV, at two shares of memory for the cache;
 its speed is told, not held. Both print the report's table; --out gets the pages. Needs a GPU that gpus.py knows, and LMDeploy; exit 1 where
-a build fails. About 4 minutes on one H200 (an estimate: it has run on none).
+a build fails. About 8 minutes on one H200.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from buildsys.store import Store
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = ROOT / "tests" / "tools.jinja"
 SHAPE = ["--layers", "8"]  # of speed.py's model; the rest of the shape are its defaults
-POLICIES = ("none", "int8", "int4")
-DEMO_AGREES, CACHE_AGREES = 0.98, 0.9  # without a KV policy, and with one: an int4 cache in half precision ties more often
+AGREES = {"none": 0.98, "int8": 0.95, "int4": 0.8}
+"""min_agreement by KV policy. The wider a cache's steps, the further float16's own noise carries a value that lies on an edge: of an int4
+cache in four blocks our emulation has 0.92 of the engine's tokens, and our forward without it 0.79 (kv_engine.py)."""
 COLUMNS = f"{'load':>7} {'prompts':>9} {'tokens/s at each batch':>30} {'first token':>12}"
 HEAD = f"{'':28} {COLUMNS} {'loaded':>9} {'under load':>10} {'KV tokens':>10}"
 
@@ -71,18 +72,18 @@ def demo(folder: Path, gpu: str) -> list[str]:
         (folder / "dodo.py").write_text("from buildsys.tasks import *\n")
         written = yaml.safe_load((ROOT / "recipes" / "demo" / "demo.yaml").read_text())
         written |= {"target": {"gpu": gpu, "tool_call_parser": "qwen3"}, "kv_cache": {"max_entry_count": 0.1}}
-        serve = {"required": "always", "max_entry_counts": [0.8, 0.5, 0.4, 0.01], "min_agreement": DEMO_AGREES, "max_vram_gib": 60.0}
+        serve = {"required": "always", "max_entry_counts": [0.8, 0.5, 0.4, 0.01], "max_vram_gib": 60.0}
         written["verify"] |= {"kv": {}, "serve": serve}
-        written["matrix"] = {policy: variant(policy) for policy in POLICIES}
+        written["matrix"] = {policy: variant(policy) for policy in AGREES}
         del written["publish"]
         (place / "demo.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
-    return [f"demo@{policy}" for policy in POLICIES]
+    return [f"demo@{policy}" for policy in AGREES]
 
 
 def variant(policy: str) -> dict[str, Any]:
     """The shares are tried once: they say nothing of a policy."""
-    serve: dict[str, Any] = {} if policy == "none" else {"max_entry_counts": [], "min_agreement": CACHE_AGREES}
-    return {"kv_cache": {"policy": policy}, "verify": {"serve": serve}}
+    serve: dict[str, Any] = {} if policy == "none" else {"max_entry_counts": []}
+    return {"kv_cache": {"policy": policy}, "verify": {"serve": serve | {"min_agreement": AGREES[policy]}}}
 
 
 def wide(folder: Path, gpu: str) -> list[str]:
@@ -119,11 +120,17 @@ def build(folder: Path, name: str, out: Path | None) -> bool:
     began = time.monotonic()
     for task in ("build", "report"):
         how = [sys.executable, "-m", "doit", task, f"recipe={name}"]
-        ran = subprocess.run(how, cwd=folder, env=environment(), text=True, capture_output=True)
-        kept = [line for line in ran.stdout.splitlines() if line.startswith(("passed", "failed", "skipped", name)) or " serve " in line]
-        print("\n".join([f"== doit {task} recipe={name}: exit {ran.returncode}, {time.monotonic() - began:.0f} s", *kept]), flush=True)
+        log = folder / f"{name}.{task}.log"
+        with log.open("w") as errors:
+            ran = subprocess.Popen(how, cwd=folder, env=environment(), text=True, stdout=subprocess.PIPE, stderr=errors)
+            assert ran.stdout is not None
+            for line in ran.stdout:  # as it comes: a build of several servers takes minutes
+                if line.startswith(("built", "passed", "failed", "skipped", name)) or " serve " in line:
+                    print(f"{time.monotonic() - began:5.0f} s  {line.rstrip()}", flush=True)
+            ran.wait()
+        print(f"== doit {task} recipe={name}: exit {ran.returncode}, {time.monotonic() - began:.0f} s", flush=True)
         if ran.returncode:
-            print(ran.stderr[-6000:], flush=True)
+            print(log.read_text(errors="replace")[-6000:], flush=True)
             return False
     served = told(folder, name)
     print("\n".join(table(served)), flush=True)

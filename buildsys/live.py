@@ -76,9 +76,10 @@ def chat(session: Session, names: list[str], said: Mapping[str, str]) -> list[st
 def web(session: Session, names: list[str], said: Mapping[str, str]) -> list[str]:
     """A chat page in the browser, until Ctrl-C or the server's end."""
     from buildsys.serving.web import PORT as USUAL
-    from buildsys.serving.web import page
+    from buildsys.serving.web import page, require_gradio
 
     name, port = _one(names, "web"), _port(said, USUAL)
+    require_gradio()
     refuse_taken(port)  # before a large model is loaded
     session.goodbye = f"{name}: its page closes"
     with _running(session, name, "web", said) as (client, check), page(client, name, port) as url:

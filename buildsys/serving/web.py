@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from buildsys.errors import BuildError
@@ -56,14 +57,19 @@ def page(client: Client, title: str, port: int) -> Iterator[str]:
         blocks.close(verbose=False)
 
 
+def require_gradio() -> None:
+    """Raises BuildError where there is none: before an engine starts for its page."""
+    if find_spec("gradio") is None:
+        raise BuildError("this Python", "has no gradio, which makes the page", "pip install 'buildsys[web]'")
+
+
 def _gradio() -> Any:
     os.environ.update(QUIET)
     # It asks its own page whether it is up, through a proxy where the environment names one.
     os.environ["NO_PROXY"] = ",".join(filter(None, (os.environ.get("NO_PROXY", ""), LOOPBACK)))
-    try:
-        import gradio
-    except ImportError:
-        raise BuildError("this Python", "has no gradio, which makes the page", "pip install 'buildsys[web]'") from None
+    require_gradio()
+    import gradio
+
     return gradio
 
 

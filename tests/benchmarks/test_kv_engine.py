@@ -104,7 +104,7 @@ def test_distance_is_what_its_words_say(bench: ModuleType) -> None:
 
 
 def test_cases_are_chosen_with_what_they_are_held_against(bench: ModuleType) -> None:
-    assert bench.chosen("d64@int4,demo") == ["demo@none", "demo@int8", "demo@int4", "d64@none", "d64@int4"]
+    assert bench.chosen("d64@int8,demo") == ["demo@none", "demo@int8", "demo@int4", "d64@none", "d64@int8"]
     with pytest.raises(SystemExit, match="gpt2"):
         bench.chosen("gpt2")
 

@@ -13,6 +13,7 @@ import pytest
 from apiserver import ApiServer
 
 from buildsys.errors import BuildError
+from buildsys.serving import web
 from buildsys.serving.client import Client
 from buildsys.serving.ports import free_port
 from buildsys.serving.web import page
@@ -113,3 +114,10 @@ def test_a_taken_port_and_a_server_that_is_not_there() -> None:
         gone = server.url
     with pytest.raises(BuildError, match="cannot be reached"), page(Client(gone, 5), "my-model", free_port()):
         pass
+
+
+def test_without_gradio_says_so_before_an_engine_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "find_spec", lambda name: None)
+    with pytest.raises(BuildError, match="has no gradio") as raised:
+        web.require_gradio()
+    assert raised.value.fix == "pip install 'buildsys[web]'"
