@@ -66,6 +66,7 @@ def diff(session: Session, said: Mapping[str, str]) -> Iterator[str]:
         raise BuildError("diff", "against what?", "write base=REF: doit diff base=origin/main")
     with base.at(session.workspace, said["base"], session.store.home) as old:
         before = Session(old.workspace, session.store, replace(session.settings, locked=None), session.console)
+        before.locks = base.SharedLocks(old, session.locks)
         now, then = (changes.Side(one.workspace, partial(_planned, one), partial(_taken, one)) for one in (session, before))
         review = changes.compare(now, then, old, _wanted(now.workspace, old.workspace, said.get("recipe")))
     yield from render.render(review, form)

@@ -85,24 +85,30 @@ def of(plan: Plan, facts: Facts | None, model: Model | None = None) -> Locked:
     steps = planned(plan)
     knobs, own = _knobs(steps)
     recipe = plan.recipe
-    texts = {
-        section: pinned(text_of(recipe, section)[1], found, _files(steps[f"tokens {section}"], "text"))
-        for section, found in plan.texts.items()
-    }
+    pins = _pins(plan, steps)
     return Locked(
         asked=asked(
             recipe, lambda where, _: _files(*((plan.artifact, "source") if where[0] == "source" else (steps[f"tokens {where[0]}"], "text")))
         ),
-        source=pinned(recipe.source, plan.source, _files(plan.artifact, "source")),
+        source=pins["source"],
         model=model or _model(plan),
-        calibration=texts.get("calibration"),
-        text=texts.get("verify"),
+        calibration=pins.get("calibration"),
+        text=pins.get("verify"),
         tokens=_tokens(facts) if facts is not None else {},
         steps={name: step.planned_key for name, step in steps.items()},
         knobs=knobs,
         own=own,
         built=_built(facts) if facts is not None and not any(one.state == "failed" for one in facts.verdicts) else None,
     )
+
+
+def _pins(plan: Plan, steps: Mapping[str, Step]) -> dict[str, Pinned]:
+    """What the recipe's choices stand for now: its source, and the texts of calibration and verify, where these are not the model's own."""
+    texts = {
+        section: pinned(text_of(plan.recipe, section)[1], found, _files(steps[f"tokens {section}"], "text"))
+        for section, found in plan.texts.items()
+    }
+    return {"source": pinned(plan.recipe.source, plan.source, _files(plan.artifact, "source")), **texts}
 
 
 def _files(step: Step, role: str) -> Mapping[str, str]:
@@ -218,23 +224,24 @@ def is_local(chosen: Choice) -> bool:
 def drift(locked: Locked, plan: Plan) -> list[Drift]:
     """What a plan has other than the lock says: files, choices, knobs; where a key differs for no reason that is known, the step."""
     steps = planned(plan)
-    if {name: step.planned_key for name, step in steps.items()} == locked.steps and _fits(locked, plan.recipe):
+    keys = {name: step.planned_key for name, step in steps.items()}
+    if keys == locked.steps and _fits(locked, plan.recipe):
         return []
-    now = of(plan, None, locked.model)
+    now = _pins(plan, steps)
     found = [
-        *_pinned_drift("source", locked.source, now.source),
-        *_pinned_drift("calibration text", locked.calibration, now.calibration),
-        *_pinned_drift("verify text", locked.text, now.text),
+        *_pinned_drift("source", locked.source, now["source"]),
+        *_pinned_drift("calibration text", locked.calibration, now.get("calibration")),
+        *_pinned_drift("verify text", locked.text, now.get("verify")),
     ]
-    names = sorted(locked.steps.keys() | steps.keys())
+    names = sorted(locked.steps.keys() | keys.keys())
     found += [
-        Drift(f"step {name}", _short(locked.steps.get(name, "")), _short(now.steps.get(name, "")))
+        Drift(f"step {name}", _short(locked.steps.get(name, "")), _short(keys.get(name, "")))
         for name in names
-        if name not in steps or name not in locked.steps
+        if name not in keys or name not in locked.steps
     ]
-    changed = [name for name in names if name in steps and name in locked.steps and locked.steps[name] != now.steps[name]]
+    changed = [name for name in names if name in keys and name in locked.steps and locked.steps[name] != keys[name]]
     found += _knob_drift(locked, {name: steps[name] for name in changed})
-    return found or [Drift(f"key of step {name}", _short(locked.steps[name]), _short(now.steps[name])) for name in changed]
+    return found or [Drift(f"key of step {name}", _short(locked.steps[name]), _short(keys[name])) for name in changed]
 
 
 def _fits(locked: Locked, recipe: Recipe) -> bool:
@@ -271,8 +278,10 @@ def _knob_drift(locked: Locked, steps: Mapping[str, Step]) -> Iterator[Drift]:
         own, now = locked.own.get(name, {}), _lockable(step)
         for knob in sorted(own.keys() | now.keys()):
             # Of a knob that all steps have alike the lock does not say which have it; `now` tells.
-            before = dict(flat(own.get(knob, locked.knobs.get(knob) if knob in now else None), knob))
-            after = dict(flat(now.get(knob), knob))
+            was = own.get(knob, locked.knobs.get(knob) if knob in now else None)
+            if was == now.get(knob):
+                continue
+            before, after = dict(flat(was, knob)), dict(flat(now.get(knob), knob))
             for leaf in sorted(before.keys() | after.keys()):
                 if before.get(leaf) != after.get(leaf):
                     one = _changed(leaf, before.get(leaf), after.get(leaf))

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from buildsys import lockfile
 from buildsys.document import Document, Where
 from buildsys.errors import BuildError
+from buildsys.locktext import Texts
 from buildsys.slots import Choice, Frozen
 
 SUFFIX = ".lock"
@@ -123,14 +124,25 @@ class Lock(_Locked):
         return lockfile.sealed(heading, {"recipe": self.stem, "asked": asked}, {"recipes": {base: plain[base], **others}})
 
     @classmethod
-    def read(cls, path: Path, where: str = "") -> Lock:
-        """The inverse of `text`; `where` is what errors call the file. Raises BuildError with file, line and command on anything odd."""
+    def read(cls, path: Path, where: str = "", texts: Texts | None = None) -> Lock:
+        """The inverse of `text`; `where` is what errors call the file. Raises BuildError with file, line and command on anything odd.
+        Whoever reads several locks hands the same `texts` to each."""
         stem, where = path.name.removesuffix(SUFFIX), where or str(path)
+        said = lockfile.quick(path, texts or Texts())
+        if said is not None:
+            try:
+                return cls._of(Document(said), stem)
+            except BuildError:
+                pass  # said again below, with its line
         found = lockfile.raw(path, where, again(stem))
-        _check_head(found, stem)
-        lock = cls(recipes=dict(_recipes(found, stem)))
+        lock = cls._of(found, stem)
         lockfile.check_seal(path, found, again(stem))
         return lock
+
+    @classmethod
+    def _of(cls, found: Document, stem: str) -> Lock:
+        _check_head(found, stem)
+        return cls(recipes=dict(_recipes(found, stem)))
 
 
 def written(chosen: Choice) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from buildsys import disk, lockfile
 from buildsys.errors import BuildError, BuildErrors
 from buildsys.finder import Finder
 from buildsys.lock import Drift, Lock, Locked, again, asked, drift, path_of
+from buildsys.locktext import Texts
 from buildsys.recipe import Recipe
 from buildsys.slots import Choice
 from buildsys.toolchain import FILE, Toolchain
@@ -26,14 +27,18 @@ class Locks:
     """The locks of a workspace, each read once."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self.root = root
         self._read: dict[Path, Lock | None] = {}
+        self._texts = Texts()
 
     def lock(self, recipe: Recipe) -> Lock | None:
         """The lock of the recipe's file; None: there is none. Raises BuildError where it is none, or another recipe's."""
-        path = path_of(recipe)
+        return self.file(path_of(recipe))
+
+    def file(self, path: Path) -> Lock | None:
+        """The lock that the file is, as `lock`."""
         if path not in self._read:
-            self._read[path] = Lock.read(path, self.shown(path)) if path.exists() else None
+            self._read[path] = Lock.read(path, self.shown(path), self._texts) if path.exists() else None
         return self._read[path]
 
     def of(self, recipe: Recipe) -> Locked | None:
@@ -44,12 +49,12 @@ class Locks:
     @cached_property
     def toolchain(self) -> Toolchain:
         """What the locked builds were made with. Raises BuildError where the file is none."""
-        path = self._root / FOLDER / FILE
+        path = self.root / FOLDER / FILE
         return Toolchain.read(path, self.shown(path))
 
     def shown(self, path: Path) -> str:
         """What errors call it."""
-        return path.relative_to(self._root).as_posix() if path.is_relative_to(self._root) else str(path)
+        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
 
     def write(self, recipe: Recipe, locked: Mapping[str, Locked], gone: Iterable[str] = ()) -> bool:
         """These recipes' part of the lock, the rest of it as it is. False: the file holds that already."""

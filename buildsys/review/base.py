@@ -17,6 +17,8 @@ from typing import Any
 from buildsys import disk
 from buildsys.document import Document
 from buildsys.errors import BuildError
+from buildsys.lock import Lock
+from buildsys.locking import Locks
 from buildsys.overlay import Reader, lexical
 from buildsys.recipe import PATH_KNOBS, Recipe
 from buildsys.review.git import LINK, SUBMODULE, Entry, Git
@@ -64,6 +66,20 @@ class _Shared(Reader):
     def read(self, path: Path) -> Document:
         name = self.name(path)
         return super().read(path) if name in self._changed else self._now.read(self._now.root / name)
+
+
+class SharedLocks(Locks):
+    """The locks of a base; those that did not change are read once for both workspaces."""
+
+    def __init__(self, base: Base, now: Locks) -> None:
+        super().__init__(base.workspace.root)
+        self._now, self._changed = now, base.changed
+
+    def file(self, path: Path) -> Lock | None:
+        name = self.shown(path)
+        if name in self._changed:
+            return super().file(path)
+        return self._now.file(self._now.root / name) if path.exists() else None
 
 
 @contextmanager

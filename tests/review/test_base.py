@@ -13,6 +13,8 @@ import scripted
 from scripted import Team, git
 
 from buildsys.errors import BuildError
+from buildsys.lock import Lock
+from buildsys.locking import Locks
 from buildsys.review import base
 from buildsys.workspace import Workspace
 
@@ -70,6 +72,25 @@ def test_what_does_not_differ_is_a_link(small: Path) -> None:
         root = old.workspace.root
         assert (root / "data").is_symlink() and (root / "recipes" / "team" / "one.yaml").is_symlink()
         assert (root / "recipes" / "models" / "llama" / "config.json").read_text() == "{}", "git does not hold it: it is as it is now"
+
+
+def test_a_lock_that_did_not_change_is_read_once(small: Path) -> None:
+    folder = small / "recipes" / "team"
+    demo = (runs.ROOT / "recipes" / "demo" / "demo.lock").read_text()
+    for stem in ("same", "moved"):
+        (folder / f"{stem}.lock").write_text(Lock(recipes={stem: Lock.read(runs.ROOT / "recipes/demo/demo.lock").recipes["demo"]}).text())
+    scripted.commit(small, "locked")
+    (folder / "moved.lock").write_text(demo)  # another recipe's
+    (folder / "new.lock").write_text(demo)
+    now = Locks(small)
+    with opened(small) as old:
+        then, place = base.SharedLocks(old, now), old.workspace.root / "recipes" / "team"
+        same = then.file(place / "same.lock")
+        assert same is not None and same is now.file(folder / "same.lock")
+        assert then.file(place / "moved.lock") == Lock(recipes={"moved": same.recipes["same"]})
+        assert then.file(place / "new.lock") is None, "git does not hold it"
+        with pytest.raises(BuildError, match="is the lock of 'demo'"):
+            now.file(folder / "moved.lock")
 
 
 def test_it_is_compared_with_where_the_branch_left(small: Path) -> None:
