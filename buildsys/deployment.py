@@ -45,9 +45,9 @@ def needs_engine(recipe: Recipe) -> bool:
     return any(map(engine_check, recipe.verify.checks))
 
 
-def serves(recipe: Recipe, surveyed: Survey, host: Host | str) -> Host | str:
-    """The machine that the recipe's target is, or why this one is not it."""
-    named, lacks = engine(recipe, surveyed)
+def serves(recipe: Recipe, served_by: tuple[str, tuple[str, ...]], host: Host | str) -> Host | str:
+    """The machine that the recipe's target is, or why this one is not it. `served_by`: as `engine` says."""
+    named, lacks = served_by
     if named == "none":
         return "; ".join(lacks)
     if isinstance(host, str):

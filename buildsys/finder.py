@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
-from buildsys import deployment, effort, footprint
+from buildsys import deployment, effort, footprint, misfits
 from buildsys.errors import BuildError
 from buildsys.linears import Linears, linears
 from buildsys.located import Located
@@ -76,6 +76,28 @@ class Finder:
         if not errors:
             self._answers[key] = made
         return made, errors
+
+    def unheld(self, recipe: Recipe, surveyed: Survey, schemes: Schemes) -> list[BuildError]:
+        """As misfits.unheld; mistakes have the recipe's own lines, so they are looked for in each. `surveyed` is of `survey`."""
+        mixed = recipe.quantization.mixed
+        asked = recipe.format.model_dump_json(), None if mixed is None else mixed.bits, recipe.quantization.scheme
+        key = ("held", id(surveyed), id(self._kept(schemes)), *asked)
+        if key in self._answers:
+            return []
+        errors = misfits.unheld(recipe, surveyed, schemes)
+        if not errors:
+            self._answers[key] = True
+        return errors
+
+    def engine(self, recipe: Recipe, surveyed: Survey) -> tuple[str, tuple[str, ...]]:
+        """As deployment.engine. `surveyed` is of `survey`."""
+        target, policy = recipe.target, recipe.kv_cache.policy
+        asked = recipe.format.model_dump_json(), recipe.quantization.kinds, policy, target.gpu if target is not None else None
+        key = ("engine", id(surveyed), *asked)
+        if key not in self._answers:  # what it raises has the recipe's own line
+            self._answers[key] = deployment.engine(recipe, surveyed)
+        known: tuple[str, tuple[str, ...]] = self._answers[key]
+        return known
 
     def serving(self, recipe: Recipe, surveyed: Survey, schemes: Schemes) -> footprint.Serving | None:
         """As deployment.serving."""

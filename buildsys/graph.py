@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from buildsys import footprint, gpus
-from buildsys.deployment import engine, engine_check, source_engine
+from buildsys.deployment import engine_check, source_engine
 from buildsys.errors import BuildError
 from buildsys.finder import Finder
 from buildsys.linears import Linears
@@ -107,6 +107,7 @@ class Graph:
     layers: Linears
     finder: Finder
     located: Located  # the source's files
+    engine: str  # that deploy/ names
     locked: Locked | None = None  # the recipe's lock
     allocated: Step | None = None  # chooses each linear's bits, where the recipe leaves that open
 
@@ -246,7 +247,7 @@ class Graph:
             "model": self.surveyed.computed,
             "kv_cache": self.recipe.kv_cache.model_dump(),
             "target": target,
-            "engine": engine(self.recipe, self.surveyed)[0],
+            "engine": self.engine,
         }
         rest = tuple(sorted(name for name in files if not name.endswith((".safetensors", ".safetensors.index.json"))))
         needs = Need("source", source, rest), Need("packed", packed), *self._bits
@@ -370,8 +371,8 @@ class Graph:
 
     def _facts(self, reads: tuple[str, ...]) -> dict[str, Any]:
         """What planning knows, for the checks that ask for it."""
-        kv_cache = self.recipe.kv_cache.model_dump()
+        kv_cache = self.recipe.kv_cache
         if "plan" in reads:
             target = self.recipe.target.model_dump(exclude=set(SERVED)) if self.recipe.target is not None else None
-            return {"kv_cache": kv_cache, "target": target}
-        return {"kv_cache": {"policy": kv_cache["policy"]}} if "kv_scores" in reads else {}
+            return {"kv_cache": kv_cache.model_dump(), "target": target}
+        return {"kv_cache": {"policy": kv_cache.policy}} if "kv_scores" in reads else {}

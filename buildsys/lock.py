@@ -153,10 +153,15 @@ def _knobs(steps: Mapping[str, Step]) -> tuple[dict[str, Any], dict[str, dict[st
 
 
 def _lockable(step: Step) -> dict[str, Any]:
+    """What is locked of a step's knobs."""
+    return {knob: _bounded(value) for knob, value in _said(step).items()}
+
+
+def _said(step: Step) -> dict[str, Any]:
     """A step's knobs but for files, which the lock has elsewhere; without what is left open, and a first VERSION."""
     found = {} if step.kind == "fetch" else {knob: _pruned(value) for knob, value in step.knobs.items()}
     found |= {"VERSION": step.version} if step.version != 1 else {}
-    return {knob: _bounded(value) for knob, value in found.items() if value not in EMPTY}
+    return {knob: value for knob, value in found.items() if value not in EMPTY}
 
 
 def _pruned(value: Any) -> Any:
@@ -275,13 +280,13 @@ def _knob_drift(locked: Locked, steps: Mapping[str, Step]) -> Iterator[Drift]:
     """Knobs of these steps that are other than locked; what changed alike in several is told once."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for name, step in steps.items():
-        own, now = locked.own.get(name, {}), _lockable(step)
+        own, now = locked.own.get(name, {}), _said(step)
         for knob in sorted(own.keys() | now.keys()):
             # Of a knob that all steps have alike the lock does not say which have it; `now` tells.
             was = own.get(knob, locked.knobs.get(knob) if knob in now else None)
             if was == now.get(knob):
                 continue
-            before, after = dict(flat(was, knob)), dict(flat(now.get(knob), knob))
+            before, after = dict(flat(was, knob)), dict(flat(_bounded(now[knob]) if knob in now else None, knob))
             for leaf in sorted(before.keys() | after.keys()):
                 if before.get(leaf) != after.get(leaf):
                     one = _changed(leaf, before.get(leaf), after.get(leaf))

@@ -54,7 +54,7 @@ class Locks:
 
     def shown(self, path: Path) -> str:
         """What errors call it."""
-        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+        return path.as_posix().removeprefix(f"{self.root.as_posix().rstrip('/')}/")
 
     def write(self, recipe: Recipe, locked: Mapping[str, Locked], gone: Iterable[str] = ()) -> bool:
         """These recipes' part of the lock, the rest of it as it is. False: the file holds that already."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from buildsys import footprint, gpus, remedies
 from buildsys.architecture import Linear
-from buildsys.deployment import engine, on_target, relaid, serving, session_len, target_gpu
+from buildsys.deployment import engine, on_target, relaid, session_len, target_gpu
 from buildsys.errors import BuildError
 from buildsys.recipe import Recipe
 from buildsys.scheme import Scheme, Schemes
@@ -17,15 +16,29 @@ from buildsys.survey import Survey
 
 
 def misfits(
-    recipe: Recipe, surveyed: Survey, schemes: Schemes, served_as: Callable[[], footprint.Serving | None] | None = None
+    recipe: Recipe,
+    surveyed: Survey,
+    schemes: Schemes,
+    served_as: Callable[[], footprint.Serving | None],
+    unheld: Callable[[], list[BuildError]],
 ) -> list[BuildError]:
-    """Where the recipe and the model do not go together. `served_as`: deployment.serving of the same, from who knows it already."""
-    a = surveyed.architecture
-    errors: list[BuildError] = []
+    """Where the recipe and the model do not go together. `served_as`, `unheld`: deployment.serving and `unheld` of the same."""
     try:
-        made = relaid(recipe, surveyed)
+        errors = unheld()
     except BuildError as error:
         return [error]
+    for section, asked in (("calibration", recipe.calibration), ("verify", recipe.verify)):
+        most = surveyed.architecture.max_positions
+        if asked.seqlen > most:
+            what = f"{section}.seqlen is {asked.seqlen}; the model has {most} positions"
+            errors.append(BuildError(recipe.at(section, "seqlen"), what, f"set {section}.seqlen: {most}"))
+    return [*errors, *_target_misfits(recipe, surveyed, schemes, served_as), *_serve_misfits(recipe, surveyed)]
+
+
+def unheld(recipe: Recipe, surveyed: Survey, schemes: Schemes) -> list[BuildError]:
+    """Why the format does not hold the model's linears in these schemes. Raises BuildError where the model is not of its kind."""
+    a, made = surveyed.architecture, relaid(recipe, surveyed)
+    errors: list[BuildError] = []
     default, mixed = recipe.quantization.scheme, recipe.quantization.mixed
     seen, kinds = set(), dict[Scheme, None]()
     layers = range(a.layers if schemes.own or schemes.left_float else 1)  # where no name is told apart, one block is all
@@ -50,12 +63,7 @@ def misfits(
         if schemes.left_float:
             where, fix = recipe.at("quantization", "skip"), f"{fix}, or skip lm_head alone"
         errors.append(BuildError(where, f"format {recipe.format.name} {reason}", fix))
-    for section, asked in (("calibration", recipe.calibration), ("verify", recipe.verify)):
-        if asked.seqlen > a.max_positions:
-            what = f"{section}.seqlen is {asked.seqlen}; the model has {a.max_positions} positions"
-            errors.append(BuildError(recipe.at(section, "seqlen"), what, f"set {section}.seqlen: {a.max_positions}"))
-    served_as = served_as or partial(serving, recipe, surveyed, schemes)
-    return [*errors, *_target_misfits(recipe, surveyed, schemes, served_as), *_serve_misfits(recipe, surveyed)]
+    return errors
 
 
 def _unfit(recipe: Recipe, name: str, linear: Linear, scheme: Scheme) -> Iterator[BuildError]:

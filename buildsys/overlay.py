@@ -76,7 +76,7 @@ def settle(document: Document, choices: frozenset[Where] = frozenset()) -> tuple
     return settled(document.data, ()), idle
 
 
-def lexical(text: str, folder: Path) -> Path:
+def lexical(text: str, folder: Path | str) -> Path:
     """Where `text`, written in a file of `folder`, leads: absolute, `..` resolved by spelling alone (symlinks are not followed)."""
     return Path(os.path.normpath(os.path.join(folder, text)))
 

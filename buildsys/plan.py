@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Literal
 
 from buildsys import effort, footprint, gpus
-from buildsys.deployment import engine, engine_check, serves, target_gpu
+from buildsys.deployment import engine_check, serves, target_gpu
 from buildsys.errors import BuildErrors
 from buildsys.finder import Finder
 from buildsys.graph import Graph, located, scored_policies
@@ -73,11 +73,13 @@ def plan(
     else:
         surveyed = finder.survey(source)
     layers, errors = finder.linears(recipe, surveyed)
-    served_as = partial(finder.serving, recipe, surveyed, layers.schemes)
-    errors += [*misfits(recipe, surveyed, layers.schemes, served_as), *backend_misfits(recipe, surveyed, layers.schemes)]
+    served_as = cache(partial(finder.serving, recipe, surveyed, layers.schemes))
+    unheld = partial(finder.unheld, recipe, surveyed, layers.schemes)
+    errors += [*misfits(recipe, surveyed, layers.schemes, served_as, unheld), *backend_misfits(recipe, surveyed, layers.schemes)]
     if errors:
         raise BuildErrors(errors)
-    graph = Graph(recipe, surveyed, layers, finder, source, locked)
+    engine = finder.engine(recipe, surveyed)
+    graph = Graph(recipe, surveyed, layers, finder, source, engine[0], locked)
     fetched = graph.fetch("source", "sources", recipe.source.name, source)
     texts = {section: found for section in ("calibration", "verify") if (found := graph.text(section)) is not None}
     calibration, text = (graph.tokens(section, fetched, texts.get(section)) for section in ("calibration", "verify"))
@@ -88,7 +90,7 @@ def plan(
     quantized = graph.quantize(fetched, calibrated, calibration, disjoint)
     packed = graph.pack(fetched, quantized)
     artifact = graph.assemble(fetched, packed, source.names)
-    host = serves(recipe, surveyed, host)
+    host = serves(recipe, engine, host)
     skipped = {name: host for name in recipe.verify.checks if isinstance(host, str) and engine_check(name)}
     served = None if isinstance(host, str) else partial(graph.serve, fetched, packed, artifact, text, host)
     measures = tuple(graph.measures(fetched, quantized, packed, text, served))
@@ -106,7 +108,7 @@ def plan(
         building=builds(recipe, surveyed, layers.schemes, _speed(recipe, threads, device), finder),
         serving=served_as(),
         notes=(
-            *engine(recipe, surveyed)[1],
+            *engine[1],
             *ungated(recipe),
             *unmeasured(recipe, surveyed),
             *(f"planned from the lock: {lacks}" for lacks in dict.fromkeys(one.lacks for one in (source, *texts.values())) if lacks),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
@@ -240,14 +241,26 @@ class Recipe(Frozen):
         """The file's stem, or stem@variant."""
         return self._name
 
-    @property
+    # What is cached here lies beside the fields, where it is found much sooner than a private attribute.
+
+    @cached_property
+    def document(self) -> Document:
+        """What was written, and by whom."""
+        return self._document
+
+    @cached_property
+    def root(self) -> Path:
+        """The workspace's folder."""
+        return self._root
+
+    @cached_property
     def file(self) -> Path:
         """The recipe's own file."""
-        return self._root / self.at().rpartition(":")[0]
+        return self.root / self.at().rpartition(":")[0]
 
     def at(self, *where: str | int) -> str:
         """`recipes/x.yaml:9`: the line that wrote this value or, where it is a default, the nearest value around it."""
-        return str(self._document.origin(where) or self._name)
+        return str(self.document.origin(where) or self._name)
 
     def floating(self) -> list[str]:
         """What the recipe leaves open, so that tomorrow it may name something else; asks no hub."""
@@ -257,9 +270,9 @@ class Recipe(Frozen):
 
     def folder(self, *where: str | int) -> Path:
         """What relative paths in the knobs at `where` are relative to: the folder of the file that wrote them (it may be a base)."""
-        below = (path for path in self._document.origins if path[: len(where)] == where and path[-1:] and path[-1] in PATH_KNOBS)
-        origin = self._document.origin(min(below, key=len, default=where))
-        return self._root / os.path.dirname(origin.file) if origin is not None else self._root
+        below = (path for path in self.document.origins if path[: len(where)] == where and path[-1:] and path[-1] in PATH_KNOBS)
+        origin = self.document.origin(min(below, key=len, default=where))
+        return self.root / os.path.dirname(origin.file) if origin is not None else self.root
 
 
 def parse_fragment(document: Document, root: Path) -> list[BuildError]:
@@ -288,7 +301,7 @@ def stray_paths(document: Document, data: Mapping[str, Any], root: Path) -> list
         origin = document.origin(where)
         if origin is None or knobs.get("outside") is True:
             continue
-        place = lexical(written, root / os.path.dirname(origin.file))
+        place = lexical(written, f"{root}{os.sep}{os.path.dirname(origin.file)}")
         absolute = os.path.isabs(written)
         if absolute or not is_inside(place, root):
             how = "is absolute" if absolute else f"leads to {place}, outside the workspace {root}"

@@ -7,7 +7,7 @@ and one zero for each output row and group. Eight-bit floats are e4m3 (arXiv:220
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -73,8 +73,10 @@ class Schemes:
 
     def to_json(self) -> dict[str, Any]:
         """For the key of a step."""
-        own = {name: asdict(scheme) for name, scheme in sorted(self.own.items()) if scheme != self.default and name not in self.left_float}
-        return {"scheme": asdict(self.default), "skip": sorted(self.left_float)} | ({"own": own} if own else {})
+        own = {
+            name: {**vars(scheme)} for name, scheme in sorted(self.own.items()) if scheme != self.default and name not in self.left_float
+        }
+        return {"scheme": {**vars(self.default)}, "skip": sorted(self.left_float)} | ({"own": own} if own else {})
 
     @staticmethod
     def from_json(said: Mapping[str, Any]) -> Schemes:

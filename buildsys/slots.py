@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from functools import cache
+from functools import cache, cached_property
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, create_model, model_validator
 
@@ -21,6 +21,10 @@ class Frozen(BaseModel):
     """Base of everything that a recipe says: immutable, and no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Itself: pydantic copies each default that is a model, for each recipe, and nobody changes it."""
+        return self
 
 
 @cache
@@ -48,7 +52,7 @@ class Choice(Frozen):
             return named
         return raw
 
-    @property
+    @cached_property
     def name(self) -> str:
         return next(iter(self.model_fields_set))
 
@@ -57,7 +61,7 @@ class Choice(Frozen):
         knobs: BaseModel = getattr(self, self.name)
         return knobs
 
-    @property
+    @cached_property
     def module(self) -> ModuleType:
         return modules(self.slot)[self.name]
 

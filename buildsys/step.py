@@ -10,9 +10,10 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import marshal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ def canonical(value: Any) -> bytes:
 def digest(value: Any) -> str:
     """sha256 of the canonical JSON of `value`, in hex."""
     return hashlib.sha256(canonical(value)).hexdigest()
+
+
+@lru_cache(maxsize=1 << 16)
+def _digest(marshalled: bytes) -> str:
+    """Of what was marshalled. Steps of many recipes are equal, and so are most of a recipe's before and after a change: the bytes, which
+    are as different as the values and their types, are made in a fifth of the time of JSON."""
+    return digest(marshal.loads(marshalled))
 
 
 def reads(globs: tuple[str, ...], name: str) -> bool:
@@ -75,7 +83,11 @@ class Step:
         return self._key({need.role: inputs[need.role] for need in self.needs})
 
     def _key(self, inputs: Mapping[str, Any]) -> str:
-        return digest({"key_format": KEY_FORMAT, "step": self.kind, "version": self.version, "knobs": self.knobs, "inputs": inputs})
+        whole = {"key_format": KEY_FORMAT, "step": self.kind, "version": self.version, "knobs": self.knobs, "inputs": inputs}
+        try:
+            return _digest(marshal.dumps(whole, 2))
+        except ValueError:  # it holds what is no plain value, a mapping of another kind
+            return digest(whole)
 
     def __hash__(self) -> int:
         return hash(self.planned_key)

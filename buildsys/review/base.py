@@ -18,15 +18,17 @@ from buildsys import disk
 from buildsys.document import Document
 from buildsys.errors import BuildError
 from buildsys.lock import Lock
+from buildsys.locked import SUFFIX as LOCK
 from buildsys.locking import Locks
 from buildsys.overlay import Reader, lexical
 from buildsys.recipe import PATH_KNOBS, Recipe
 from buildsys.review.git import LINK, SUBMODULE, Entry, Git
+from buildsys.toolchain import FILE as TOOLCHAIN
 from buildsys.workspace import FOLDER, SUFFIXES, Workspace
 
 POINTER = b"version https://git-lfs"
 POINTER_BYTES = 1024  # at most
-OWN = (*SUFFIXES, ".lock")  # files under recipes/ that say something by themselves: one that git does not hold is new
+OWN = (*SUFFIXES, LOCK)  # files under recipes/ that say something by themselves: one that git does not hold is new
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Base:
     workspace: Workspace
     changed: frozenset[str]
     top: Path  # a stand-in for the root of the file system: the workspace lies as deep in it as the real one
+    locks: frozenset[str] = frozenset()  # those that are the same now; they are not in its folder, see SharedLocks
     notes: tuple[str, ...] = ()
 
     def reach(self, recipe: Recipe) -> None:
@@ -73,13 +76,11 @@ class SharedLocks(Locks):
 
     def __init__(self, base: Base, now: Locks) -> None:
         super().__init__(base.workspace.root)
-        self._now, self._changed = now, base.changed
+        self._base, self._now = base, now
 
     def file(self, path: Path) -> Lock | None:
         name = self.shown(path)
-        if name in self._changed:
-            return super().file(path)
-        return self._now.file(self._now.root / name) if path.exists() else None
+        return self._now.file(self._now.root / name) if name in self._base.locks else super().file(path)
 
 
 @contextmanager
@@ -98,36 +99,45 @@ def at(now: Workspace, ref: str, home: Path) -> Iterator[Base]:
             folder = top.joinpath(*root.parts[1:])
             folder.mkdir(parents=True)
             changed = git.changed(commit)
-            _lay(git, git.entries(commit), changed, root, folder)
+            entries = git.entries(commit)
+            locks = frozenset(entry.path for entry in entries if _is_lock(entry) and entry.path not in changed)
+            _lay(git, [entry for entry in entries if entry.path not in locks], changed, root, folder)
             _lay_untracked(git, root, folder, home)
             (folder / FOLDER).mkdir(exist_ok=True)
             workspace = Workspace(folder)
             workspace.reader = _Shared(folder, now.reader, changed)
-            yield Base(ref, commit, workspace, changed, top, notes)
+            yield Base(ref, commit, workspace, changed, top, locks, notes)
+
+
+def _is_lock(entry: Entry) -> bool:
+    """Whether it is a recipe's."""
+    return entry.path.startswith(f"{FOLDER}/") and entry.path.endswith(LOCK) and not entry.path.endswith(f"/{TOOLCHAIN}")
 
 
 def _lay(git: Git, entries: list[Entry], changed: frozenset[str], root: Path, folder: Path) -> None:
     """The commit's files in `folder`: a folder beside recipes/ is one link where nothing in it differs."""
     differing = {path.partition("/")[0] for path in changed}
     blobs: list[tuple[Entry, Path]] = []
-    made: set[Path] = set()
+    made: set[str] = set()
     for entry in entries:
         first, _, below = entry.path.partition("/")
         whole = bool(below) and first != FOLDER and first not in differing
-        real, place = (root / first, folder / first) if whole else (root / entry.path, folder / entry.path)
-        if whole and place in made:
+        path = first if whole else entry.path
+        if whole and path in made:
             continue
-        if place.parent not in made:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            made.add(place.parent)
+        real, place = f"{root}{os.sep}{path}", f"{folder}{os.sep}{path}"
+        above = os.path.dirname(path)
+        if above not in made:
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            made.add(above)
         if entry.path in changed and entry.mode != SUBMODULE:
-            blobs.append((entry, place))
+            blobs.append((entry, Path(place)))
             continue
-        place.symlink_to(os.readlink(real) if not whole and entry.mode == LINK and real.is_symlink() else real)
-        made.add(place)
+        os.symlink(os.readlink(real) if not whole and entry.mode == LINK and os.path.islink(real) else real, place)
+        made.add(path)
     git.write((entry.blob, place) for entry, place in blobs)
-    for entry, place in blobs:
-        _settle(git, place, entry.mode == LINK)
+    for entry, file in blobs:
+        _settle(git, file, entry.mode == LINK)
 
 
 def _settle(git: Git, place: Path, link: bool) -> None:
@@ -155,6 +165,9 @@ def _lay_untracked(git: Git, root: Path, folder: Path, home: Path) -> None:
 
 def _outside(recipe: Recipe) -> Iterator[tuple[Path, str]]:
     """Relative paths of the recipe that may leave the workspace: the folder that they are relative to, and the path."""
+
+    if not any(where[-1:] == ("outside",) for where in recipe.document.origins):
+        return
 
     def below(value: Any, where: tuple[str | int, ...]) -> Iterator[tuple[Path, str]]:
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):

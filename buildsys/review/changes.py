@@ -14,7 +14,7 @@ from typing import Any
 
 from buildsys.document import Document, Where
 from buildsys.errors import BuildError, BuildErrors
-from buildsys.overlay import lexical
+from buildsys.overlay import is_inside, lexical
 from buildsys.plan import Plan
 from buildsys.recipe import PATH_KNOBS, Recipe
 from buildsys.review import effects
@@ -88,19 +88,21 @@ def _touched(workspace: Workspace, base: Base) -> Callable[[Path], bool]:
 
 def _places(document: Document, root: Path) -> Iterator[Path]:
     """Where the paths of a document lead, those of variants left out: these are told by their file."""
-    for where, written in _leaves(document.data, ()):
-        if _is_path(where) and isinstance(written, str) and (origin := document.origin(where)) is not None:
+    for where, written in _paths(document.data, ()):
+        if isinstance(written, str) and (origin := document.origin(where)) is not None:
             yield lexical(_certain(written), (root / origin.file).parent)
 
 
-def _leaves(value: Any, where: Where) -> Iterator[tuple[Where, Any]]:
-    """Of plain JSON, by their place."""
+def _paths(value: Any, where: Where) -> Iterator[tuple[Where, Any]]:
+    """What stands under the names of paths in plain JSON, by itself or in a list, and where."""
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-        at = (*where, key)
-        if isinstance(inner, (dict, list)):
-            yield from _leaves(inner, at)
+        if not isinstance(inner, (dict, list)):
+            if key in PATH_KNOBS:
+                yield (*where, key), inner
+        elif key in PATH_KNOBS and isinstance(inner, list):
+            yield from (((*where, key, index), one) for index, one in enumerate(inner) if not isinstance(one, (dict, list)))
         else:
-            yield at, inner
+            yield from _paths(inner, (*where, key))
 
 
 class _Comparison:
@@ -246,14 +248,13 @@ class _Comparison:
     def _files(self, recipe: Recipe) -> Iterator[str]:
         """Changed data in git that the recipe names."""
         data = [path for path in sorted(self.base.changed) if not (path.startswith(f"{FOLDER}/") and path.endswith(OWN))]
-        places = {_certain(written) for where, written in _leaves(resolved(recipe), ()) if _is_path(where)} if data else set()
+        places = {_certain(written) for _, written in _paths(resolved(recipe), ())} if data else set()
         for path in data:
             if path in places or any(str(above) in places for above in Path(path).parents):
                 yield path
 
     def _lock_moved(self, recipe: Recipe) -> bool:
-        lock = recipe.file.with_suffix(".lock")
-        return str(lock.relative_to(self.now.workspace.root)) in self.base.changed
+        return self.now.workspace.reader.name(recipe.file.with_suffix(".lock")) in self.base.changed
 
     def _place(self, name: str) -> str:
         file = self.base.workspace.names()[name]
@@ -340,20 +341,13 @@ def _notes(before: Recipe, after: Recipe, old: Plan | None, new: Plan | None) ->
 def resolved(recipe: Recipe) -> dict[str, Any]:
     """All that the recipe says, bases and variants merged, defaults written out, paths from the workspace."""
     said: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
-    root = recipe.file.parents[len(Path(recipe.at().rpartition(":")[0]).parts) - 1]
-    for where, written in [*_leaves(said, ())]:
-        if _is_path(where) and not os.path.isabs(written):
+    for where, written in [*_paths(said, ())]:
+        if not os.path.isabs(written):
             around = where[:-1] if isinstance(where[-1], str) else where[:-2]
             place = lexical(written, recipe.folder(*around))
-            if place.is_relative_to(root):
-                _put(said, where, place.relative_to(root).as_posix())
+            if is_inside(place, recipe.root):
+                _put(said, where, place.as_posix().removeprefix(recipe.root.as_posix()).lstrip("/") or ".")
     return said
-
-
-def _is_path(where: Where) -> bool:
-    """Whether a path stands there, by itself or in a list."""
-    named = [key for key in where[-2:] if isinstance(key, str)]
-    return bool(named) and named[-1] in PATH_KNOBS
 
 
 def _certain(path: str) -> str:

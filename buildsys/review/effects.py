@@ -6,6 +6,7 @@ before anything runs. After constructive traces, as store and `doit why` have th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -72,12 +73,13 @@ def seconds(plan: Plan, step: Step) -> float | None:
 def _labelled(steps: Iterable[Step]) -> dict[tuple[str, str, int], Step]:
     """Steps by what they are in their recipe, whatever their knobs say."""
     found: dict[tuple[str, str, int], Step] = {}
+    alike: Counter[tuple[str, str]] = Counter()
     for step in steps:
         part = step.title if step.kind == "measure" else ""
         if step.kind in ("fetch", "tokens"):
             part = step.title.partition(" (")[0] if step.kind == "fetch" else step.title.partition(" ")[0]
-        at = sum((step.kind, part) == label[:2] for label in found)
-        found[step.kind, part, at] = step
+        found[step.kind, part, alike[step.kind, part]] = step
+        alike[step.kind, part] += 1
     return found
 
 
@@ -157,7 +159,7 @@ def _predicted(plan: Plan) -> dict[tuple[str, str], float]:
 def gates(before: Recipe, after: Recipe) -> Iterator[Gate]:
     """Limits that moved, checks that came or went, and checks that may be skipped."""
     old, new = before.verify.checks, after.verify.checks
-    for check, module in modules("checks").items():
+    for check, module in modules("checks").items() if old != new else ():
         if (check in old) != (check in new) and not module.LIMITS.keys() & {*_limits(old, check), *_limits(new, check)}:
             yield _moved_check(check, check in new, demands=bool(module.FIXED) and not module.ALWAYS)
         was, now = _limits(old, check), _limits(new, check)
