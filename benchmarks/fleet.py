@@ -74,6 +74,7 @@ def timed(command: Sequence[str], root: Path, repeat: int) -> list[float]:
     """Seconds of each run of `command` in the workspace; a run that fails ends the benchmark with its output."""
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # where buildsys is used, its modules are compiled once
     seconds = []
     for _ in range(repeat):
         start = time.perf_counter()

@@ -5,6 +5,7 @@ Steps may run in several threads at once; whoever schedules them (tasks.py with 
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import threading
@@ -113,6 +114,7 @@ class Session:
 
     def __init__(self, workspace: Workspace, store: Store, settings: Settings, console: Console, steps: str = STEPS) -> None:
         gc.set_threshold(OBJECTS, *gc.get_threshold()[1:])
+        atexit.register(gc.freeze)  # Python's last search for cycles would find nothing either: half a second over 1,000 recipes
         self.workspace, self.store, self.settings, self.console = workspace, store, settings, console
         self.locks = locking.Locks(workspace.root)
         self.plans: dict[str, Plan] = {}

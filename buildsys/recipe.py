@@ -217,8 +217,8 @@ class Recipe(Frozen):
     )
 
     _name: str = PrivateAttr("")
-    _root: Path = PrivateAttr(Path())
-    _document: Document = PrivateAttr(Document({}))
+    _root: Path = PrivateAttr(default_factory=Path)  # a default itself would be copied deeply for each recipe
+    _document: Document = PrivateAttr(default_factory=lambda: Document({}))
 
     @classmethod
     def parse(cls, name: str, document: Document, root: Path) -> Recipe:

@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from functools import cache, cached_property
 from types import ModuleType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, create_model, model_validator
 
@@ -21,10 +21,6 @@ class Frozen(BaseModel):
     """Base of everything that a recipe says: immutable, and no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """Itself: pydantic copies each default that is a model, for each recipe, and nobody changes it."""
-        return self
 
 
 @cache

@@ -57,10 +57,14 @@ def stepped(before: Sequence[Step], after: Plan, known: Mapping[str, object]) ->
     found = []
     for label, step in _labelled(after.steps).items():
         old = olds.get(label)
-        if step.planned_key in known or (old is not None and _same(step, old, kept)):
+        if step.planned_key in known:
+            kept.add(step.planned_key)
+            continue
+        own = [*_own(step, old)] if old is not None else [NEW]
+        if not own and old is not None and _reads_the_same(step, old, kept):
             kept.add(step.planned_key)
         else:
-            found.append(_changed(step, old, after, kept))
+            found.append(_changed(step, old, own, after, kept))
     return tuple(found), len(kept)
 
 
@@ -83,13 +87,13 @@ def _labelled(steps: Iterable[Step]) -> dict[tuple[str, str, int], Step]:
     return found
 
 
-def _same(step: Step, old: Step, kept: set[str]) -> bool:
-    """Whether the real keys of both are certain to be equal."""
+def _reads_the_same(step: Step, old: Step, kept: set[str]) -> bool:
+    """Whether what both read is certain to be equal; they read it in the same roles."""
     theirs = {need.role: need for need in old.needs}
-    return not [*_own(step, old)] and all(_reads_the_same(need, theirs[need.role], kept) for need in step.needs)
+    return all(_is_the_same(need, theirs[need.role], kept) for need in step.needs)
 
 
-def _reads_the_same(need: Need, old: Need, kept: set[str]) -> bool:
+def _is_the_same(need: Need, old: Need, kept: set[str]) -> bool:
     if sorted(need.files) != sorted(old.files):
         return False
     if need.step.planned_key in kept:
@@ -121,10 +125,10 @@ def _globs(step: Step) -> Iterator[tuple[str, list[str]]]:
     return ((need.role, sorted(need.files)) for need in step.needs)
 
 
-def _changed(step: Step, old: Step | None, plan: Plan, kept: set[str]) -> StepChange:
-    own = [*_own(step, old)] if old is not None else [NEW]
+def _changed(step: Step, old: Step | None, own: list[str], plan: Plan, kept: set[str]) -> StepChange:
+    """`own`: what differs in the step itself."""
     theirs = {need.role: need for need in old.needs} if old is not None else {}
-    moved = [need.role for need in step.needs if need.role in theirs and not _reads_the_same(need, theirs[need.role], kept)]
+    moved = [need.role for need in step.needs if need.role in theirs and not _is_the_same(need, theirs[need.role], kept)]
     state: Literal["runs", "unless"] = "runs" if own else "unless"
     why = "; ".join(own) if own else f"{UNLESS}: {', '.join(moved)}"
     return StepChange(step.kind, step.title, state, why, seconds(plan, step), step.planned_key)
