@@ -7,7 +7,7 @@ instead of by forward passes: the squared output error of rounding is tr(E G E^T
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import product
 from math import inf, isfinite
 from typing import TYPE_CHECKING
@@ -53,21 +53,22 @@ def rescale(weights: list[Tensor], stats: SiteStats, tied: Tensor | None, scheme
     heavy = _shared(lengths.square().sum(0), tied).sqrt()
     heavy = heavy.clamp(min=max(float(heavy.mean()) * FLOOR, torch.finfo(heavy.dtype).tiny))
 
-    def scale(at: Exponents) -> Tensor:
-        raw = loud.pow(at[0]) / heavy.pow(at[1])
-        return raw / (raw.amax() * raw.amin()).sqrt()
+    def scales(at: Sequence[Exponents]) -> Tensor:  # -> [candidates, in]
+        powers = torch.tensor(at, dtype=loud.dtype, device=loud.device)
+        raw = loud.pow(powers[:, :1]) / heavy.pow(powers[:, 1:])
+        return raw / (raw.amax(1, keepdim=True) * raw.amin(1, keepdim=True)).sqrt()
 
     errors: dict[Exponents, float] = {}
     step, best = 1 / COARSE, (0.0, 0.0)  # all ones: it stays where an overflow leaves no number to compare
     grid = [at * step for at in range(COARSE + 1)]
     tried: Iterable[Exponents] = product(grid, grid)
     while new := [at for at in tried if at not in errors]:
-        found = rounding_errors(weights, stats, torch.stack([scale(at) for at in new]), scheme)
+        found = rounding_errors(weights, stats, scales(new), scheme)
         errors |= {at: error if isfinite(error) else inf for at, error in zip(new, found, strict=True)}
         best = min(errors, key=errors.__getitem__)
         step /= 2
         tried = _around(best, step) if step >= 1 / knobs.ratios else ()
-    return scale(best)
+    return scales([best])[0]
 
 
 def _around(at: Exponents, step: float) -> list[Exponents]:

@@ -17,6 +17,7 @@ BLOCK = 512  # input channels that a launch of the solvers takes; errors of all 
 MANY = 4224  # outputs from which on the solvers' programs take more of them
 ROWS = 32  # outputs in a tile of the searches
 CHANNELS = 128  # input channels in a tile of the searches: a Gram block
+PART = 32  # input channels that the searches look at together; groups are made of them, so that one kernel has groups of every usual size
 
 
 def searchable(scheme: Scheme, in_features: int) -> bool:
@@ -158,7 +159,7 @@ def rounding_errors(weight: Tensor, gram: Tensor, scales: Tensor, scheme: Scheme
     found = torch.empty(len(scales), *grid, device=weight.device)
     _rounding_errors[grid](
         weight, gram, scales, found, outs, ins, len(scales), grid[0] * grid[1], float(scheme.top), float(scheme.middle),
-        SYMMETRIC=scheme.symmetric, GROUP=scheme.group(ins), ROWS=ROWS, CHANNELS=CHANNELS, num_warps=4,
+        *_parts(scheme.group(ins)), SYMMETRIC=scheme.symmetric, ROWS=ROWS, CHANNELS=CHANNELS, num_warps=4,
     )  # fmt: skip
     return found.sum((1, 2), dtype=torch.float64)
 
@@ -178,10 +179,30 @@ def _grid(low, high, top, middle, SYMMETRIC: tl.constexpr):  # type: ignore[no-u
     return size, zero
 
 
+def _parts(group: int) -> tuple[int, int]:
+    """How many parts a group has, and how many input channels a part."""
+    part = min(group, PART)
+    return group // part, part
+
+
 @triton.jit
+def _same_group(joined, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[1, parts, parts]: whether two parts are of one group of `joined` parts."""
+    group = tl.arange(0, PARTS) // joined
+    return (group[:, None] == group[None, :])[None, :, :]
+
+
+@triton.jit
+def _ends(parted, same):  # type: ignore[no-untyped-def]
+    """Of [rows, parts, channels] for each part the least and the largest of its group, and zero."""
+    low, high = tl.minimum(tl.min(parted, 2), 0.0), tl.maximum(tl.max(parted, 2), 0.0)
+    return tl.min(tl.where(same, low[:, None, :], 0.0), 2), tl.max(tl.where(same, high[:, None, :], 0.0), 2)
+
+
+@triton.jit(do_not_specialize=["candidates", "programs", "joined"])
 def _rounding_errors(  # type: ignore[no-untyped-def]
-    weight, gram, scales, found, outs, ins, candidates, programs, top, middle,
-    SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    weight, gram, scales, found, outs, ins, candidates, programs, top, middle, joined,
+    PART: tl.constexpr, SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, CHANNELS)
@@ -189,12 +210,13 @@ def _rounding_errors(  # type: ignore[no-untyped-def]
     w = tl.load(weight + row[:, None] * ins + column[None, :], mask=(row < outs)[:, None], other=0.0).to(tl.float32)
     moments = tl.load(gram + tl.program_id(1) * CHANNELS * CHANNELS + channel[:, None] * CHANNELS + channel[None, :])
     place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    same = _same_group(joined, CHANNELS // PART)
     for candidate in range(candidates):
         scale = tl.load(scales + candidate * ins + column)
-        grouped = tl.reshape(w * scale[None, :], (ROWS, CHANNELS // GROUP, GROUP))
-        low, high = tl.minimum(tl.min(grouped, 2), 0.0), tl.maximum(tl.max(grouped, 2), 0.0)
+        parted = tl.reshape(w * scale[None, :], (ROWS, CHANNELS // PART, PART))
+        low, high = _ends(parted, same)
         size, zero = _grid(low, high, top, middle, SYMMETRIC)
-        code = tl.minimum(tl.maximum(libdevice.rint(tl.div_rn(grouped, size[:, :, None])) + zero[:, :, None], 0.0), top)
+        code = tl.minimum(tl.maximum(libdevice.rint(tl.div_rn(parted, size[:, :, None])) + zero[:, :, None], 0.0), top)
         error = tl.reshape((code - zero[:, :, None]) * size[:, :, None], (ROWS, CHANNELS)) / scale[None, :] - w
         seen = tl.dot(error, moments, input_precision="tf32")
         tl.store(found + candidate * programs + place, tl.sum(seen * error))
@@ -209,32 +231,34 @@ def least_error_shrinks(weight: Tensor, scheme: Scheme, importance: Tensor, shri
     grid = (triton.cdiv(outs, ROWS), ins // CHANNELS)
     _least_error_shrinks[grid](
         weight, importance, tried, best, outs, ins, len(shrinks), float(scheme.top), float(scheme.middle),
-        SYMMETRIC=scheme.symmetric, GROUP=group, ROWS=ROWS, CHANNELS=CHANNELS, num_warps=4,
+        *_parts(group), SYMMETRIC=scheme.symmetric, ROWS=ROWS, CHANNELS=CHANNELS, num_warps=4,
     )  # fmt: skip
     return best
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "joined"])
 def _least_error_shrinks(  # type: ignore[no-untyped-def]
-    weight, importance, shrinks, best, outs, ins, count, top, middle,
-    SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    weight, importance, shrinks, best, outs, ins, count, top, middle, joined,
+    PART: tl.constexpr, SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    groups: tl.constexpr = CHANNELS // GROUP
+    parts: tl.constexpr = CHANNELS // PART
     w = tl.load(weight + row[:, None] * ins + column[None, :], mask=(row < outs)[:, None], other=0.0).to(tl.float32)
-    grouped = tl.reshape(w, (ROWS, groups, GROUP))
-    heavy = tl.reshape(tl.load(importance + column), (groups, GROUP))
-    low, high = tl.minimum(tl.min(grouped, 2), 0.0), tl.maximum(tl.max(grouped, 2), 0.0)
-    least = tl.full((ROWS, groups), float("inf"), tl.float32)
-    chosen = tl.full((ROWS, groups), 1.0, tl.float32)
+    parted = tl.reshape(w, (ROWS, parts, PART))
+    heavy = tl.reshape(tl.load(importance + column), (parts, PART))
+    same = _same_group(joined, parts)
+    low, high = _ends(parted, same)
+    least = tl.full((ROWS, parts), float("inf"), tl.float32)
+    chosen = tl.full((ROWS, parts), 1.0, tl.float32)
     for at in range(count):
         shrink = tl.load(shrinks + at)
         size, zero = _grid(low * shrink, high * shrink, top, middle, SYMMETRIC)
-        code = tl.minimum(tl.maximum(libdevice.rint(tl.div_rn(grouped, size[:, :, None])) + zero[:, :, None], 0.0), top)
-        off = (code - zero[:, :, None]) * size[:, :, None] - grouped
+        code = tl.minimum(tl.maximum(libdevice.rint(tl.div_rn(parted, size[:, :, None])) + zero[:, :, None], 0.0), top)
+        off = (code - zero[:, :, None]) * size[:, :, None] - parted
         error = tl.sum(off * off * heavy[None, :, :], 2)
+        error = tl.sum(tl.where(same, error[:, None, :], 0.0), 2)  # of the whole group, and so alike for its parts
         better = error < least
         least, chosen = tl.where(better, error, least), tl.where(better, shrink, chosen)
-    at = tl.program_id(1) * groups + tl.arange(0, groups)
-    tl.store(best + row[:, None] * (ins // GROUP) + at[None, :], chosen, mask=(row < outs)[:, None])
+    at = (tl.program_id(1) * parts + tl.arange(0, parts)) // joined
+    tl.store(best + row[:, None] * (ins // (PART * joined)) + at[None, :], chosen, mask=(row < outs)[:, None])

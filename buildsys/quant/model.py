@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,11 +14,10 @@ from buildsys.architecture import Architecture
 from buildsys.io.checkpoint import Checkpoint
 from buildsys.quant.block import Block, rms_norm
 from buildsys.quant.linear import QuantizedLinear
-from buildsys.quant.parallel import has_matrix_units
+from buildsys.quant.parallel import ahead, has_matrix_units
 from buildsys.scheme import Activations, Scheme, Schemes
 
 KEEP_BYTES = 5 << 30  # of hidden states that may stay on a GPU: 128 windows of 2,048 tokens of a model 4,096 wide take 4 GiB
-AHEAD = 4  # blocks that are read while one computes
 HEAD_CHUNK_TOKENS = 256  # logits of this many tokens at a time: vocabularies are wide
 
 
@@ -35,6 +32,7 @@ class Model:
     schemes: Schemes | None = None  # of a packed model's linears
     keep_kv: Callable[[Tensor], Tensor] | None = None
     dtype: torch.dtype = torch.float32  # of a block's weights, and so of its products
+    pinned: bool = False  # on a host: blocks as a GPU copies them, which whoever copies them looks through for NaN and Inf
 
     def at_speed(self) -> Model:
         """The same model as its engine will compute it: on a GPU in the half-precision type that its weights are stored in, with sums in
@@ -45,22 +43,17 @@ class Model:
         return replace(self, dtype=stored) if half else self
 
     def blocks(self, layers: Iterable[int]) -> Iterator[Block]:
-        """These blocks in turn. On a GPU the next ones are read into pinned host memory while one computes."""
+        """These blocks in turn. On a GPU the next ones are read into pinned host memory while one computes, and looked through for NaN
+        and Inf there."""
         if self.device == "cpu":
             yield from map(self.block, layers)
             return
-        with ThreadPoolExecutor(AHEAD) as readers:
-            coming: deque[Future[Block]] = deque()
-            for layer in layers:
-                coming.append(readers.submit(self._pinned, layer))
-                if len(coming) > AHEAD:
-                    yield coming.popleft().result().to(self.device)
-            while coming:
-                yield coming.popleft().result().to(self.device)
-
-    def _pinned(self, layer: int) -> Block:
-        block = replace(self, device="cpu").block(layer)
-        return block.with_weights({name: tensor.pin_memory() for name, tensor in block.weights.items()})
+        prefix, host = self.architecture.prefix, replace(self, device="cpu", pinned=True)
+        for block in ahead(host.block, layers, self.device):
+            there = block.to(self.device)
+            stored = {prefix(block.layer) + name: tensor for name, tensor in there.weights.items()}
+            self.checkpoint.refuse_infinite({name: tensor for name, tensor in stored.items() if name in self.checkpoint})
+            yield there
 
     def block(self, layer: int) -> Block:
         """Block `layer`, its packed linears dequantized."""
@@ -74,7 +67,7 @@ class Model:
                 rounded |= {linear.name: scheme.activations} if scheme.activations != "none" else {}
         for name in self.architecture.block_tensors():
             if name not in weights:
-                weights[name] = self.checkpoint.load(prefix + name, self.dtype, self.device)
+                weights[name] = self.checkpoint.load(prefix + name, self.dtype, self.device, pinned=self.pinned)
         return Block(self.architecture, layer, weights, self.keep_kv, rounded)
 
     def linear(self, name: str) -> QuantizedLinear:

@@ -94,6 +94,17 @@ def through_files(work: Callable[[Unit], Result], units: Iterable[Unit], resourc
         yield from _pooled(work, units, FILES_AT_ONCE, FILES_AT_ONCE)
 
 
+AHEAD = 4
+
+
+def ahead(work: Callable[[Unit], Result], units: Iterable[Unit], device: str) -> Iterator[Result]:
+    """`map(work, units)`; where a GPU computes, AHEAD units are begun before they are asked for."""
+    if device == "cpu":
+        yield from map(work, units)
+    else:
+        yield from _pooled(work, units, AHEAD, AHEAD + 1)
+
+
 def _pooled(work: Callable[[Unit], Result], units: Iterable[Unit], threads: int, at_most: int) -> Iterator[Result]:
     """Results in the order of the units, of which `at_most` are begun and not yet handed back."""
     with ThreadPoolExecutor(threads) as pool:
@@ -137,28 +148,32 @@ def has_matrix_units() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
+WRITERS = 2
+
+
 class Behind:
-    """One piece of work at a time beside the caller's own: what is finished is written while a GPU computes the next. On a CPU, which
-    would only do two things by halves and hold both in memory, at once."""
+    """WRITERS pieces of work at a time beside the caller's own, in no order: what is finished is written while a GPU computes the next, and
+    one file is copied while a disk takes in another. On a CPU, which would only do two things by halves and hold both in memory, at once.
+    """
 
     def __init__(self, device: str) -> None:
-        self._pool = ThreadPoolExecutor(1) if device != "cpu" else None
-        self._last: Future[None] | None = None
+        self._pool = ThreadPoolExecutor(WRITERS) if device != "cpu" else None
+        self._begun: deque[Future[None]] = deque()
 
     def __enter__(self) -> Behind:
         return self
 
     def do(self, work: Callable[[], None]) -> None:
-        """Starts `work` when what came before it is done; what that raised is raised here."""
+        """Begins `work` when no more than one piece is still at work; what an earlier one raised is raised here, or at the end."""
         if self._pool is None:
             work()
             return
-        if self._last is not None:
-            self._last.result()
-        self._last = self._pool.submit(work)
+        while len(self._begun) >= WRITERS or (self._begun and self._begun[0].done()):
+            self._begun.popleft().result()
+        self._begun.append(self._pool.submit(work))
 
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
         if self._pool is not None:
-            self._pool.shutdown()
-        if self._last is not None and failed is None:
-            self._last.result()
+            self._pool.shutdown(cancel_futures=failed is not None)
+        while self._begun and failed is None:
+            self._begun.popleft().result()

@@ -29,7 +29,7 @@ from buildsys.quant.fold import fold, tied_channels
 from buildsys.quant.linear import QuantizedLinear, Rounding
 from buildsys.quant.model import Model
 from buildsys.quant.observe import Progress, SiteStats, few, load_stats
-from buildsys.quant.parallel import Behind, on_each
+from buildsys.quant.parallel import Behind, ahead, on_each
 from buildsys.quant.search import gram_norm
 from buildsys.quant.stream import Moments, Walk
 from buildsys.scheme import Activations, Scheme, Schemes
@@ -95,19 +95,21 @@ def quantize(
 
         def share(device: str, places: range) -> None:
             here, layers = replace(resources, device=device, gpus=1), [left[at] for at in places]
+            observed = ahead(lambda layer: load_stats(stats(layer), device), layers, device)
             with Behind(device) as writer:
-                for block in replace(model, device=device).blocks(layers):
-                    _round(block, job, stats(block.layer), None, partial(_write, writer, folder), here)
+                for block, seen in zip(replace(model, device=device).blocks(layers), observed, strict=True):
+                    _round(block, job, seen, None, partial(_write, writer, folder), here)
                     progress("quantize", next(done), architecture.layers)
 
         on_each(share, len(left), resources.devices)
         return
     walk, blocks = Walk(model, tokens, resources), model.blocks(left)
+    observed = ahead(lambda layer: load_stats(stats(layer), resources.device), left, resources.device)
     with Behind(resources.device) as writer:
         for layer in range(architecture.layers):
             last = layer + 1 == architecture.layers
             if layer in left:
-                weights = _round(next(blocks), job, stats(layer), walk, partial(_write, writer, folder), resources)
+                weights = _round(next(blocks), job, next(observed), walk, partial(_write, writer, folder), resources)
             elif not last:
                 weights = quantized_weights(folder / block_name(layer), resources.device)
             if not last:
@@ -119,10 +121,15 @@ def quantize(
 
 
 def _round(
-    block: Block, job: Job, stats: Path, walk: Walk | None, write: Callable[[int, Rounded], None], resources: Resources
+    block: Block,
+    job: Job,
+    observed: Mapping[Site, SiteStats],
+    walk: Walk | None,
+    write: Callable[[int, Rounded], None],
+    resources: Resources,
 ) -> dict[str, Tensor]:
     """One block rescaled, rounded and written; its weights as an engine sees them."""
-    observed, source, entering = load_stats(stats, resources.device), block, walk.first_windows() if walk is not None else []
+    source, entering = block, walk.first_windows() if walk is not None else []
     block, scales = rescale(block, observed, job)
     seen = {site: observed[site].divided(scales[scale_site(site)]) for site in block.architecture.sites}
     rounded = round_block(block, job, seen, walk, resources.devices)

@@ -132,6 +132,16 @@ def test_nan_and_inf_are_refused_by_name(dtype: torch.dtype, value: float, tmp_p
     assert found.load("model.w", None, finite=False).shape == (9,)
 
 
+def test_of_many_tensors_the_one_that_holds_nan_is_named(tmp_path: Path) -> None:
+    held = {name: torch.ones(3, dtype=torch.bfloat16) for name in ("a", "b", "c")}
+    held["b"][1] = torch.nan
+    found = model(tmp_path, held)
+    found.refuse_infinite({name: held[name] for name in ("a", "c")})
+    with pytest.raises(BuildError, match=r"tensor b holds NaN or Inf") as caught:
+        found.refuse_infinite(held)
+    assert caught.value.where == str(tmp_path / SINGLE)
+
+
 def test_a_value_that_the_asked_type_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"does not fit torch.float16"):
         model(tmp_path, {"w": torch.tensor([1e5])}).load("w", torch.float16)

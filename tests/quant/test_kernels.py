@@ -13,7 +13,7 @@ from buildsys.scheme import Scheme
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels do not run here")
 
-SCHEMES = (Scheme(4, 128), Scheme(4, 32), Scheme(3, 64, True), Scheme(8, 128), Scheme(2, 128))
+SCHEMES = (Scheme(4, 128), Scheme(4, 64), Scheme(4, 32), Scheme(4, 16), Scheme(3, 64, True), Scheme(8, 128), Scheme(2, 128))
 each = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 
 

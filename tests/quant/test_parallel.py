@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from buildsys.quant.parallel import Behind, has_matrix_units, ordered, tensor_cores
+from buildsys.quant.parallel import AHEAD, WRITERS, Behind, ahead, has_matrix_units, ordered, tensor_cores
 from buildsys.step import Resources
 
 RESOURCES = [Resources(threads, batch) for threads in (1, 2, 5) for batch in (1, 8)]
@@ -78,12 +78,12 @@ def test_no_gradients_are_kept(resources: Resources) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_behind_does_one_thing_at_a_time_in_order_and_waits_at_the_end(device: str) -> None:
+def test_behind_does_everything_and_waits_at_the_end(device: str) -> None:
     done: list[int] = []
     with Behind(device) as behind:
         for number in range(20):
             behind.do(lambda number=number: done.append(number))
-    assert done == list(range(20))
+    assert sorted(done) == list(range(20))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -99,6 +99,31 @@ def test_what_fails_behind_is_raised_in_front(device: str) -> None:
     with pytest.raises(ValueError, match="first"), Behind("cuda") as behind:
         behind.do(fail)
         raise ValueError("first")
+
+
+@pytest.mark.parametrize(("device", "begun"), [("cpu", 1), ("cuda", AHEAD + 1)])
+def test_a_gpu_s_next_units_are_begun_before_they_are_asked_for(device: str, begun: int) -> None:
+    began: list[int] = []
+    results = ahead(lambda unit: (began.append(unit), unit)[1], range(20), device)
+    assert next(results) == 0
+    for _ in range(500):
+        if len(began) == begun:
+            break
+        time.sleep(0.01)
+    assert sorted(began) == list(range(begun))
+    assert list(results) == list(range(1, 20))
+
+
+def test_behind_has_a_few_things_at_work_and_no_more() -> None:
+    go, done = threading.Event(), list[int]()
+    with Behind("cuda") as behind:
+        for number in range(WRITERS):
+            behind.do(lambda number=number: (go.wait(5), done.append(number)))
+        assert done == [], "they are at work, and the caller goes on"
+        threading.Timer(0.05, go.set).start()
+        behind.do(lambda: done.append(WRITERS))
+        assert 0 in done, "the next one waited for the first"
+    assert sorted(done) == list(range(WRITERS + 1))
 
 
 def test_products_are_rounded_where_a_cpu_gains_by_it_and_exact_again_afterwards() -> None:
