@@ -8,7 +8,7 @@ from typing import Any
 
 from buildsys import footprint, gpus, remedies
 from buildsys.architecture import Linear
-from buildsys.deployment import engine, on_target, relaid, session_len, target_gpu
+from buildsys.deployment import engine, on_target, relaid, session_len, source_engine, target_gpu
 from buildsys.errors import BuildError
 from buildsys.recipe import Recipe
 from buildsys.scheme import Scheme, Schemes
@@ -142,6 +142,11 @@ def _serve_misfits(recipe: Recipe, surveyed: Survey) -> Iterator[BuildError]:
     if asked.tools and (recipe.target is None or recipe.target.tool_call_parser is None):
         what = "verify.serve.tools asks for a tool call, and the server gets no parser for them"
         yield BuildError(recipe.at("verify", "serve", "tools"), what, "name target.tool_call_parser, or leave tools out")
+    without = source_engine(recipe, surveyed).get("why") if asked.min_speedup is not None else None
+    if without is not None:
+        what = f"verify.serve.min_speedup is {asked.min_speedup:g}, beside a source that no server can be started with: {without}"
+        fix = "leave min_speedup out, or raise target.count until the source fits too"
+        yield BuildError(recipe.at("verify", "serve", "min_speedup"), what, fix)
 
 
 def _positions(recipe: Recipe, surveyed: Survey) -> Iterator[BuildError]:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import models
@@ -17,11 +18,13 @@ from buildsys import gpus
 from buildsys.deployment import serving_with
 from buildsys.errors import BuildError, BuildErrors
 from buildsys.gpus import KvPolicy
+from buildsys.misfits import misfits
 from buildsys.outlook import outlook
 from buildsys.plan import Plan, plan
 from buildsys.scheme import Scheme, Schemes
 from buildsys.step import Need, digest, reads
 from buildsys.store import Store
+from buildsys.survey import describe
 from buildsys.workspace import Workspace
 
 GOLDEN = Path(__file__).parent / "golden" / "keys.json"
@@ -549,3 +552,28 @@ def test_a_budget_for_no_linear(workspace: Path) -> None:
 def test_what_no_server_could_answer_is_refused(serve: str, line: str, said: str, workspace: Path) -> None:
     ((where, what, fix),) = refused(workspace, ("  kl: {max_nats: 9.0}", f"  kl: {{max_nats: 9.0}}\n  serve: {serve}"))
     assert where.startswith("recipes/tiny.yaml:") and line in what and said in fix
+
+
+def test_a_speedup_over_a_source_that_does_not_fit_is_refused(workspace: Path) -> None:
+    made = planned(workspace, ("format: awq", "format: awq\ntarget: {gpu: a100-80gb, session_len: 256}"))
+    runs.edit(workspace / "recipes/tiny.yaml", "format: awq", "format: awq\ntarget: {gpu: a100-80gb, session_len: 256}")
+    runs.edit(workspace / "recipes/tiny.yaml", "  kl: {max_nats: 9.0}", "  kl: {max_nats: 9.0}\n  serve: {min_speedup: 1.1}")
+    recipe = Workspace(workspace).load("tiny")
+    rest = (made.layers.schemes, lambda: made.serving, lambda: [])
+    assert not misfits(recipe, made.survey, *rest)
+    large, _ = describe(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "rms_norm_eps": 1e-5,
+            "num_hidden_layers": 80,
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+            "max_position_embeddings": 8192,
+        },
+        "config.json",
+    )
+    (error,) = misfits(recipe, replace(made.survey, architecture=large), *rest)
+    assert "min_speedup is 1.1" in error.what and "does not fit a100-80gb x 1" in error.what and "target.count" in error.fix
