@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from buildsys.quant.observe import SiteStats
     from buildsys.scheme import Scheme
 
-VERSION = 2
+VERSION = 3
 KIND = "rescale"
 
 COARSE = 4  # steps from 0 to 1 that are tried first, of both exponents
+JUDGES = 256  # outputs, evenly spread, whose error a choice is judged by: their sum ranks scales as that of all does (docs/LOG.md)
 FLOOR = 1e-4  # of the mean length: a column of zeros must not spread the scales beyond what float16 holds
 
 Exponents = tuple[float, float]  # of activations, of weights
@@ -58,12 +59,14 @@ def rescale(weights: list[Tensor], stats: SiteStats, tied: Tensor | None, scheme
         raw = loud.pow(powers[:, :1]) / heavy.pow(powers[:, 1:])
         return raw / (raw.amax(1, keepdim=True) * raw.amin(1, keepdim=True)).sqrt()
 
+    apart = -(-sum(map(len, weights)) // JUDGES)
+    judges = [torch.cat([weight[::apart] for weight in weights])]
     errors: dict[Exponents, float] = {}
     step, best = 1 / COARSE, (0.0, 0.0)  # all ones: it stays where an overflow leaves no number to compare
     grid = [at * step for at in range(COARSE + 1)]
     tried: Iterable[Exponents] = product(grid, grid)
     while new := [at for at in tried if at not in errors]:
-        found = rounding_errors(weights, stats, scales(new), scheme)
+        found = rounding_errors(judges, stats, scales(new), scheme)
         errors |= {at: error if isfinite(error) else inf for at, error in zip(new, found, strict=True)}
         best = min(errors, key=errors.__getitem__)
         step /= 2

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from buildsys.errors import BuildError
 from buildsys.quant.grid import Grid
 
 BLOCK = 128  # columns whose errors are applied together
-STRIP = 16  # of them, those that a CPU applies one by one
+STRIP = 32  # of them, those that a CPU applies one by one
 
 
 @dataclass(frozen=True)
@@ -110,16 +111,25 @@ def fast(weight: Tensor) -> ModuleType | None:
 def round_block(
     target: Tensor, wanted: Tensor, factor: Tensor, group: Tensor, scale: Tensor, zero: Tensor, codes: Tensor, errors: Tensor, top: int
 ) -> None:
-    """Rounds the columns (rows of `target`, which is used up) from the last to the first; writes `codes` and `errors`."""
-    each = zip(*(part.unbind() for part in (target, wanted, scale[group], zero[group], codes, errors)), strict=True)
-    columns = list(each)  # views: to take one costs as much as to compute with it
-    for stop in range(target.shape[0], 0, -STRIP):
+    """Rounds the columns (rows of `target`) from the last to the first; writes `codes` and `errors`. `target` is used up.
+
+    In numpy, whose calls cost a third of torch's on rows as short as these."""
+    if target.is_cuda:  # what no kernel takes
+        here = [part.cpu() for part in (target, wanted, factor, group, scale, zero, codes, errors)]
+        round_block(*here, top)
+        codes.copy_(here[-2]), errors.copy_(here[-1])
+        return
+    aims, want, pays, sizes, least, found, off = (
+        part.numpy() for part in (target, wanted, factor.contiguous(), scale, zero.neg(), codes, errors)
+    )  # codes are counted from their zero until they are written
+    most, paid, groups = least + np.float32(top), np.empty_like(aims[0]), group.tolist()
+    for stop in range(len(aims), 0, -STRIP):
         start = max(stop - STRIP, 0)
-        for column in range(stop - 1, start - 1, -1):
-            aim, want, size, middle, code, error = columns[column]
-            torch.div(aim, size, out=code).round_().add_(middle).clamp_(0, top)
-            torch.sub(code, middle, out=error).mul_(size)
-            torch.sub(want, error, out=error)
-            if column > start:
-                target[start:column].addr_(factor[start:column, column], error)
-        target[:start].addmm_(factor[:start, start:stop], errors[start:stop])
+        for at in range(stop - 1, start - 1, -1):
+            code, error, size, low, high = found[at], off[at], sizes[groups[at]], least[groups[at]], most[groups[at]]
+            np.add(aims[at], np.dot(pays[at, at + 1 : stop], off[at + 1 : stop], out=paid), out=code)
+            np.rint(np.divide(code, size, out=code), out=code)
+            np.minimum(np.maximum(code, low, out=code), high, out=code)
+            np.subtract(want[at], np.multiply(code, size, out=error), out=error)
+            np.subtract(code, low, out=code)
+        aims[:start] += pays[:start, start:stop] @ off[start:stop]

@@ -16,7 +16,7 @@ from buildsys.scheme import Scheme
 
 SHRINKS = tuple(1.0 - 0.02 * step for step in range(26))  # 1.00, 0.98 … 0.50 of the min-max range
 SMALLEST_SCALE = 2.0**-14  # the least normal float16: below it a kernel may flush to zero
-TILE = 1 << 16  # weights that are tried on every grid while a processor's cache holds them
+TILE, ROWS = 1 << 17, 256  # weights that are tried on every grid while a processor's cache holds them, and outputs of them
 FP8_MAX = 448.0  # of e4m3: arXiv:2209.05433, table 1
 
 
@@ -53,10 +53,10 @@ class Grid:
 def min_max(weight: Tensor, scheme: Scheme, shrink: float | Tensor = 1.0) -> Grid:
     """The grid that just covers `weight` [out, in] and zero, its range multiplied by `shrink` (a number, or [out, groups])."""
     by_group = torch.unflatten(weight, 1, (-1, scheme.group(weight.shape[1])))
-    return _covering(by_group.amin(2).clamp(max=0) * shrink, by_group.amax(2).clamp(min=0) * shrink, scheme)
+    return covering(by_group.amin(2).clamp(max=0) * shrink, by_group.amax(2).clamp(min=0) * shrink, scheme)
 
 
-def _covering(low: Tensor, high: Tensor, scheme: Scheme) -> Grid:
+def covering(low: Tensor, high: Tensor, scheme: Scheme) -> Grid:
     """The grid from `low` to `high`, [out, groups] each."""
     if scheme.number == "fp8":
         scale = torch.maximum(high, -low) / FP8_MAX
@@ -78,24 +78,34 @@ def least_error(weight: Tensor, scheme: Scheme, importance: Tensor) -> Grid:
 
         if kernels.searchable(scheme, weight.shape[1]):
             return min_max(weight, scheme, kernels.least_error_shrinks(weight.contiguous(), scheme, importance.contiguous(), SHRINKS))
-    rows = max(TILE // weight.shape[1], 1)
-    shrinks = torch.cat([_best_shrink(torch.unflatten(tile, 1, (-1, group)), scheme, importance) for tile in torch.split(weight, rows)])
-    return min_max(weight, scheme, shrinks)
+    channels = max(TILE // ROWS // group, 1) * group
+    rows = max(min(TILE // channels, ROWS), 1)
+
+    def shrinks(some: Tensor) -> Tensor:  # [out, in] -> [out, groups]
+        tiles = zip(torch.split(some, channels, 1), torch.split(importance, channels), strict=True)
+        return torch.cat([_best_shrink(tile, scheme, weights) for tile, weights in tiles], 1)
+
+    return min_max(weight, scheme, torch.cat([shrinks(some) for some in torch.split(weight, rows)]))
 
 
-def _best_shrink(tile: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:  # [out, groups, group] -> [out, groups]
+def _best_shrink(weight: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:  # [out, in], [in] -> [out, groups]
     """The shrink of least error of each group of a tile, which a processor's cache holds with what is made of it."""
-    low, high, weights = tile.amin(2).clamp(max=0), tile.amax(2).clamp(min=0), importance.view(tile.shape[1:])
-    best_error, best, codes = torch.full_like(low, torch.inf), torch.ones_like(low), torch.empty_like(tile)
+    by_group = (-1, scheme.group(weight.shape[1]))
+    tile, weights = torch.unflatten(weight.t().contiguous(), 0, by_group), torch.unflatten(importance, 0, by_group)[..., None]
+    low, high = tile.amin(1, keepdim=True).clamp_(max=0), tile.amax(1, keepdim=True).clamp_(min=0)  # [groups, 1, out]
+    best_error, best, off = torch.full_like(low, torch.inf), torch.ones_like(low), torch.empty_like(tile)
     for shrink in SHRINKS:
-        grid = _covering(low * shrink, high * shrink, scheme)
-        scale, zero = grid.scale[..., None], grid.zero[..., None]
-        torch.div(tile, scale, out=codes)
-        if scheme.number == "fp8":
-            codes.copy_(codes.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn))
-        else:
-            codes.round_().add_(zero).clamp_(0, scheme.top).sub_(zero)
-        error = codes.mul_(scale).sub_(tile).square_().mul_(weights).sum(2)
+        grid = covering(low * shrink, high * shrink, scheme)
+        torch.mul(tile, grid.scale.reciprocal(), out=off)
+        torch.addcmul(tile, to_nearest(off, grid), grid.scale, value=-1, out=off)
+        error = off.square_().mul_(weights).sum(1, keepdim=True)
         better = error < best_error
         best_error, best = torch.where(better, error, best_error), best.masked_fill_(better, shrink)
-    return best
+    return best[:, 0].t()
+
+
+def to_nearest(scaled: Tensor, grid: Grid) -> Tensor:
+    """In place: what stands in units of the grid's scale to the nearest code, less the zero; whatever dimensions grid and weights share."""
+    if grid.scheme.number == "fp8":
+        return scaled.copy_(scaled.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn))
+    return scaled.round_().clamp_(-grid.zero, grid.scheme.top - grid.zero)

@@ -6,12 +6,11 @@ The search of AWQ (arXiv:2306.00978, section 3.2) with its forward passes replac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from buildsys.quant.grid import FP8_MAX, min_max
+from buildsys.quant.grid import covering, min_max, to_nearest
 from buildsys.quant.observe import GRAM_BLOCK, SiteStats
 from buildsys.scheme import Scheme
 
@@ -40,7 +39,9 @@ def rounding_errors(weights: Sequence[Tensor], stats: SiteStats, scales: Tensor,
     for start in range(0, width, step):
         channels = slice(start, min(start + step, width))
         gram = stats.gram[start // GRAM_BLOCK : -(-channels.stop // GRAM_BLOCK)]
-        errors += _tile_errors([weight[:, channels] for weight in weights], gram, scales[:, channels], scheme)
+        for weight in weights:
+            for rows in torch.split(weight[:, channels], ROWS):
+                errors += _tile_errors(rows.float().t().contiguous(), gram, scales[:, channels], scheme)
     return _listed(errors)
 
 
@@ -49,50 +50,24 @@ def _listed(errors: Tensor) -> list[float]:
     return found
 
 
-def _tile_errors(weights: Sequence[Tensor], gram: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:  # -> float64 [candidates]
-    """`rounding_errors` of a few blocks of input channels; `gram` [blocks, 128, 128]."""
-    squares = torch.zeros(len(scales), *gram.shape, device=gram.device)  # E^T E of each candidate, by blocks
-    for weight in weights:
-        for rows in torch.split(weight, ROWS):
-            _add_squares(squares, rows.float().t().contiguous(), scales, scheme)
-    padded = torch.nn.functional.pad(scales, (0, -scales.shape[1] % GRAM_BLOCK), value=1.0)
-    by_block = torch.unflatten(padded, 1, (-1, GRAM_BLOCK))
-    moments = gram / (by_block[..., :, None] * by_block[..., None, :])  # of inputs divided by the candidate's scale
-    errors: Tensor = (squares * moments).sum((1, 2, 3), dtype=torch.float64)
-    return errors
-
-
-def _add_squares(squares: Tensor, weight: Tensor, scales: Tensor, scheme: Scheme) -> None:
-    """Adds E E^T to `squares` [candidates, blocks, 128, 128], E [in, out] being the error of rounding `weight` times each row of `scales`.
+def _tile_errors(weight: Tensor, gram: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:  # [in, out], [blocks, 128, 128] -> [candidates]
+    """`rounding_errors` of a few outputs and blocks of input channels.
 
     Few passes over memory: what is done to a weight is done in place, on rows that are long enough for a processor's vectors."""
     width, outs = weight.shape
-    by_group = (-1, scheme.group(width))
-    scaled, padded = torch.empty_like(weight), torch.zeros(squares.shape[1] * GRAM_BLOCK, outs, device=weight.device)
-    groups, error = torch.unflatten(scaled, 0, by_group), torch.unflatten(padded[:width], 0, by_group)
-    blocks = torch.unflatten(padded, 0, (-1, GRAM_BLOCK))
-    sizes, zeros = _grids(weight, scales, scheme)
-    for square, scale, size, zero in zip(squares, scales, sizes, zeros, strict=True):
-        torch.mul(weight, scale[:, None], out=scaled)
-        torch.div(groups, size, out=error)
-        if scheme.number == "fp8":
-            error.copy_(error.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn))
-        else:
-            error.round_().add_(zero).clamp_(0, scheme.top).sub_(zero)
-        error.mul_(size).sub_(groups)
-        square.baddbmm_(blocks, blocks.transpose(1, 2))
-
-
-def _grids(weight: Tensor, scales: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:  # -> scale, zero: [candidates, groups, 1, out]
-    """The min-max grids of `weight` [in, out] times each row of `scales`. What covers a group is what covers its least and its largest."""
-    ends = []
-    for scale in scales:
-        groups = torch.unflatten(weight * scale[:, None], 0, (-1, scheme.group(len(weight))))
-        ends.append(torch.stack((groups.amin(1), groups.amax(1)), -1))
-    low_high = torch.stack(ends)  # [candidates, groups, out, 2]
-    grid = min_max(low_high.flatten(0, -2), replace(scheme, group_size=-1))
-    shape = (*low_high.shape[:2], 1, low_high.shape[2])
-    return grid.scale.view(shape), grid.zero.view(shape)
+    padded = weight.new_zeros(len(gram) * GRAM_BLOCK, outs)
+    scaled, error, blocks = torch.empty_like(weight), padded[:width], torch.unflatten(padded, 0, (-1, GRAM_BLOCK))
+    groups, by_group = (torch.unflatten(part, 0, (-1, scheme.group(width))) for part in (scaled, error))
+    squares, found = torch.empty_like(gram), []
+    for scale, back in zip(scales[:, :, None], scales.reciprocal()[:, :, None], strict=True):
+        torch.mul(weight, scale, out=scaled)
+        grid = covering(groups.amin(1, keepdim=True).clamp_(max=0), groups.amax(1, keepdim=True).clamp_(min=0), scheme)
+        torch.mul(groups, grid.scale.reciprocal(), out=by_group)
+        to_nearest(by_group, grid).mul_(grid.scale)
+        error.mul_(back).sub_(weight)
+        torch.bmm(blocks, blocks.transpose(1, 2), out=squares)
+        found.append(squares.mul_(gram).sum())
+    return torch.stack(found).double()
 
 
 def rounding_error(weight: Tensor, stats: SiteStats, scale: Tensor, scheme: Scheme) -> float:
