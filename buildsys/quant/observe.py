@@ -31,7 +31,7 @@ FEWEST = 1 / 16  # tokens for each input channel of an expert; below it its seco
 SENT = "experts.sent"  # int64 [experts]
 
 STRIP, MIN_STRIP = 256, 1024  # rows of a Gram matrix computed at a time, on a CPU and at least on a GPU
-PART = 4  # windows whose Gram matrices a CPU sums in one
+PART = 8  # windows whose sums a CPU makes in one thread
 UNIT_TOKENS = 8192  # that a GPU is given at a time
 
 Progress = Callable[[str, int, int], None]
@@ -60,14 +60,29 @@ def few(sent: int, width: int) -> bool:
 
 def gram_blocks(x: Tensor) -> Tensor:  # [tokens, in] -> [blocks, 128, 128]
     """Sums of x x^T over tokens, by blocks of 128 channels."""
+    return _squares(_by_block(x))
+
+
+def _by_block(x: Tensor) -> Tensor:  # [tokens, in] -> [blocks, tokens, 128]
     missing = -x.shape[1] % GRAM_BLOCK
     padded = torch.nn.functional.pad(x, (0, missing)) if missing else x  # to pad by nothing would copy
-    by_block = torch.unflatten(padded, 1, (-1, GRAM_BLOCK)).transpose(0, 1)  # [blocks, tokens, 128]
+    by_block = torch.unflatten(padded, 1, (-1, GRAM_BLOCK)).transpose(0, 1)
     if not x.is_cuda and has_matrix_units():  # which take blocks that lie together, and give float32 for float32 alone
-        by_block = by_block.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+        return by_block.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+    return by_block
+
+
+def _squares(by_block: Tensor) -> Tensor:  # [blocks, tokens, 128] -> [blocks, 128, 128]
     if by_block.dtype == torch.float32:
         return by_block.transpose(1, 2) @ by_block
     return torch.bmm(by_block.transpose(1, 2), by_block, out_dtype=torch.float32)
+
+
+def in_parts(windows: Sequence[int], device: str) -> list[Sequence[int]]:
+    """Windows whose sums are made one after the other, in one thread, before they are added to those of the others: on a CPU a few, since
+    what is handed over keeps other threads from working. Never by the number of threads."""
+    step = PART if device == "cpu" else 1
+    return [windows[at : at + step] for at in range(0, len(windows), step)]
 
 
 class Squares:
@@ -84,8 +99,7 @@ class Squares:
 
     def parts(self, windows: Sequence[int]) -> list[Sequence[int]]:
         """The windows that make one part each, whatever the number of threads."""
-        step = 1 if self._on_gpu else PART
-        return [windows[at : at + step] for at in range(0, len(windows), step)]
+        return in_parts(windows, "cuda" if self._on_gpu else "cpu")
 
     def of(self, xs: Iterable[Tensor]) -> Tensor:  # windows x [tokens, in] -> what `add` takes
         """A part; to be called where the windows are made, which is one after the other."""
@@ -178,10 +192,18 @@ def _sums(on: Callable[[str], Observe], hidden: list[Tensor], resources: Resourc
     """What `on(device)` sees of all windows, summed in their order; each window's hidden state becomes what that returns."""
 
     def share(device: str, windows: Sequence[int]) -> dict[str, Tensor]:
+        see = on(device)
+
+        def observed(part: Sequence[int]) -> dict[str, Tensor]:
+            summed: dict[str, Tensor] = {}
+            for at in part:
+                seen, hidden[at] = see(hidden[at])
+                _add(summed, seen)
+            return summed
+
         total: dict[str, Tensor] = {}
-        for at, (seen, after) in zip(windows, ordered(on(device), (hidden[at] for at in windows), resources), strict=True):
-            hidden[at] = after
-            _add(total, seen)
+        for summed in ordered(observed, in_parts(windows, device), resources):
+            _add(total, summed)
         return total
 
     first, *others = on_each(share, len(hidden), resources.devices)
@@ -194,9 +216,12 @@ def _sums(on: Callable[[str], Observe], hidden: list[Tensor], resources: Resourc
 def _summary(seen: dict[str, Tensor], site: Site, x: Tensor) -> None:
     """One window's sums and extremes of what is read at a site."""
     x = x.flatten(0, -2)
-    magnitude = x.abs() if x.is_cuda else x.abs().float()  # a CPU's sums would convert one number at a time
-    seen[f"{site}.absmean"] = magnitude.sum(0, dtype=torch.float32)
-    seen[f"{site}.absmax"], seen[f"{site}.gram"] = magnitude.amax(0).float(), gram_blocks(x)
+    by_block = _by_block(x)
+    seen[f"{site}.gram"] = _squares(by_block)
+    own = by_block.dtype != x.dtype  # a copy, and as float32, whose sums a CPU need not convert one number at a time
+    magnitude = by_block.abs_() if own else by_block.abs()
+    for name, of in (("absmean", magnitude.sum(1, dtype=torch.float32)), ("absmax", magnitude.amax(1).float())):
+        seen[f"{site}.{name}"] = of.flatten()[: x.shape[1]]
 
 
 def _observe(block: Block, rotary: Rotary, h: Tensor) -> tuple[dict[str, Tensor], Tensor]:

@@ -29,8 +29,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [..., length, head
     """Turns each pair (i, i + rotated/2) of `x` by its position's angle; channels from `rotated` on stay as they are."""
     turning, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     turning = turning.to(torch.result_type(x, cos))  # once, and not in each of the products
-    first, second = turning.chunk(2, dim=-1)
-    turned = (turning * cos).add_(torch.cat((-second, first), dim=-1).mul_(sin))
+    turned = turning * cos
+    half = turning.shape[-1] // 2
+    turned[..., :half].addcmul_(turning[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(turning[..., :half], sin[..., half:])
     return torch.cat((turned, still), dim=-1) if still.shape[-1] else turned
 
 

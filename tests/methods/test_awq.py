@@ -107,6 +107,17 @@ def test_more_ratios_are_no_worse() -> None:
     assert fine <= coarse * (1 + 1e-6)
 
 
+def test_a_few_outputs_judge_as_all_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, scheme = activations(128, 9), Scheme(4, 128)
+    rows = torch.randn(4 * awq.JUDGES + 60, 128, generator=torch.Generator().manual_seed(9))
+    weights, seen = [rows[:60], rows[60:] * torch.linspace(0.5, 2, len(rows) - 60)[:, None]], stats(x)  # no two outputs weigh the same
+    by_some = awq.rescale(weights, seen, None, scheme, awq.Knobs())
+    monkeypatch.setattr(awq, "JUDGES", len(rows))
+    by_all = awq.rescale(weights, seen, None, scheme, awq.Knobs())
+    some, every, none = rounding_errors(weights, seen, torch.stack([by_some, by_all, torch.ones(128)]), scheme)
+    assert every <= some * (1 + 1e-6) and some - every < 0.02 * (none - every)
+
+
 def test_a_channel_scaled_up_whose_weights_are_scaled_down_is_rounded_as_well() -> None:
     x, scheme = activations(64, 7), Scheme(4, 32)
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(7))

@@ -127,7 +127,7 @@ def test_all_tokens_stand_in_for_an_expert_that_is_sent_few(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_threads_and_batch_change_no_byte(family: str, tmp_path: Path) -> None:
-    model, tokens, written = models.opened(models.FAMILIES[family](tmp_path / "model")), models.tokens(5, 32), []
+    model, tokens, written = models.opened(models.FAMILIES[family](tmp_path / "model")), models.tokens(2 * PART + 1, 32), []
     for threads, batch in ((1, 1), (3, 1), (3, 8)):
         folder = tmp_path / f"{threads}-{batch}"
         folder.mkdir()
