@@ -453,7 +453,7 @@ def _whole(planned: Serving, seen: Seen, told: Told) -> Iterator[Row]:
 
 
 def work(architecture: Architecture, schemes: Schemes | None, case: Case) -> footprint.Workspace:
-    return footprint.workspace(architecture, case.session_len, case.max_batch_size, quantized=schemes is not None)
+    return footprint.workspace(architecture, case.session_len, case.max_batch_size, fused=footprint.fuses_silu(architecture, schemes))
 
 
 def model(folder: Path, case: Case) -> tuple[Architecture, Schemes | None]:

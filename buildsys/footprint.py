@@ -269,13 +269,20 @@ def pool(total_bytes: int, block_bytes: int) -> Pool:
     return Pool(total_bytes, block_bytes, slab_bytes, slab_bytes // block_bytes)
 
 
-def workspace(architecture: Architecture, session_len: int, max_batch_size: int, count: int = 1, *, quantized: bool) -> Workspace:
+def fuses_silu(architecture: Architecture, schemes: Schemes | None) -> bool:
+    """Whether the kernel that multiplies with gate and up multiplies them too: in all layers, as of quantized weights (builders/ffn.py)."""
+    gates = [linear.name for linear in architecture.linears if linear.role in ("gate", "up", "gate_up")]
+    names = (architecture.prefix(layer) + name for layer in range(architecture.layers) for name in gates)
+    return schemes is not None and all(schemes.of(name) is not None for name in names)
+
+
+def workspace(architecture: Architecture, session_len: int, max_batch_size: int, count: int = 1, *, fused: bool) -> Workspace:
     """Buffers on one of `count` GPUs, float16 unless said, of the largest forward that the scheduler makes.
 
     A forward prefills PREFILL_TOKENS at most, no more than session_len of context (turbomind.cc max_context_token_num), and decodes a token
     of each other session. Alive in it: the residual and three times hidden states; of attention q, k, v, its output and the context's keys
-    and values unpacked; of an MLP gate and up, or their product where the weights are quantized (builders/ffn.py, fuse_silu), of a mixture
-    for each expert that a token asks, with their routes and outputs.
+    and values unpacked; of an MLP gate and up, or where the kernel fuses them their product (`fuses_silu`), of a mixture for each expert
+    that a token asks, with their routes and outputs.
     Fixed: kernels; float32 partial sums of split-k, ids and log-probabilities of every session, tables of blocks.
     """
     context = session_len if session_len > max_batch_size else session_len * session_len
@@ -284,7 +291,7 @@ def workspace(architecture: Architecture, session_len: int, max_batch_size: int,
     hidden, inner, experts = architecture.hidden_size, ceil(architecture.intermediate_size / count), architecture.experts
     unpacked = 2 * 2 * (context + KV_BLOCK_TOKENS) * kv_heads * head_dim
     attention = 2 * tokens * (2 * heads + 2 * kv_heads) * head_dim + unpacked
-    mlp = 2 * tokens * (1 if quantized else 2) * inner
+    mlp = 2 * tokens * (1 if fused else 2) * inner
     if experts is not None:
         mlp = tokens * experts.per_token * (2 * 2 * inner + 2 * hidden + 4 * 4) + 2 * 4 * tokens * experts.count
     split = 4 * SPLIT_K_TOKENS * (heads * (head_dim + 2) + 1)
@@ -350,7 +357,8 @@ def filled(architecture: Architecture, schemes: Schemes | None, here: Held, aske
     free_bytes = max(0, memory_bytes - context_bytes - here.total_bytes)
     per_token = kv_bytes_per_token(architecture, asked.kv_policy, asked.count)
     cache = pool(int(free_bytes * asked.max_entry_count), per_token * KV_BLOCK_TOKENS)
-    work_bytes = workspace(architecture, asked.session_len, asked.max_batch_size, asked.count, quantized=schemes is not None).total_bytes
+    fused = fuses_silu(architecture, schemes)
+    work_bytes = workspace(architecture, asked.session_len, asked.max_batch_size, asked.count, fused=fused).total_bytes
     beside_bytes = memory_bytes - context_bytes - here.total_bytes - cache.total_bytes - work_bytes
     context_tokens = min(CONTEXT_TOKENS, asked.session_len)
     rates = [
@@ -377,5 +385,5 @@ def filled(architecture: Architecture, schemes: Schemes | None, here: Held, aske
 def needed_bytes(architecture: Architecture, schemes: Schemes | None, *, kv_policy: KvPolicy, session_len: int) -> int:
     """The least memory of one GPU that serves one session, where a recipe names no target."""
     session_bytes = ceil(session_len / KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS * kv_bytes_per_token(architecture, kv_policy)
-    here, work = held(architecture, schemes), workspace(architecture, session_len, 1, quantized=schemes is not None)
+    here, work = held(architecture, schemes), workspace(architecture, session_len, 1, fused=fuses_silu(architecture, schemes))
     return CONTEXT_BYTES + here.loading_bytes + here.total_bytes + work.total_bytes + session_bytes

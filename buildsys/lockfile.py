@@ -148,7 +148,7 @@ def sealed(heading: str, head: Mapping[str, Any], body: Mapping[str, Any]) -> st
     return f"# {heading}\nlock: {FORMAT}\nseal: {hashlib.sha256(rest.encode()).hexdigest()}\n{rest}"
 
 
-_SEALED = re.compile(r"(?:#[^\n]*\n)*lock: (\d{1,9})\nseal: ([0-9a-f]{64})\n")
+_SEALED = re.compile(r"(?:#[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\n)*lock: ([0-9]{1,9})\nseal: ([0-9a-f]{64})\n")
 
 
 def intact(text: str) -> int | None:

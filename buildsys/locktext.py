@@ -106,7 +106,7 @@ class _Blocks:
         """What lies below a key of this indent: a block one step in, or a list, whose dashes stand under the key."""
         if self.at < len(self.lines):
             spaces, dash, *_ = self.lines[self.at]
-            if dash and spaces == indent:
+            if dash and spaces == indent and len(spaces) < MAX_INDENT:
                 return self.sequence(indent)
             if not dash and spaces == indent + "  " and len(spaces) <= MAX_INDENT:
                 return self.mapping(spaces)
@@ -151,7 +151,7 @@ class _Blocks:
 def _key(written: str) -> str:
     if written[:1] == '"':
         return written[1:-1]
-    if not written or scalar(written) != written:
+    if not written or written == "<<" or scalar(written) != written:  # YAML's merge key is not read
         raise _Unlike
     return written
 

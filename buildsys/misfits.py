@@ -143,10 +143,11 @@ def _serve_misfits(recipe: Recipe, surveyed: Survey) -> Iterator[BuildError]:
         what = "verify.serve.tools asks for a tool call, and the server gets no parser for them"
         yield BuildError(recipe.at("verify", "serve", "tools"), what, "name target.tool_call_parser, or leave tools out")
     without = source_engine(recipe, surveyed).get("why") if asked.min_speedup is not None else None
-    if without is not None:
+    said = on_target(recipe, surveyed)
+    if without is not None and said is not None:
         what = f"verify.serve.min_speedup is {asked.min_speedup:g}, beside a source that no server can be started with: {without}"
-        fix = "leave min_speedup out, or raise target.count until the source fits too"
-        yield BuildError(recipe.at("verify", "serve", "min_speedup"), what, fix)
+        way = remedies.hint(surveyed.architecture, None, replace(said, kv_policy="none"), lambda _, policy: policy == "none")
+        yield BuildError(recipe.at("verify", "serve", "min_speedup"), what, f"{way}, or leave min_speedup out")
 
 
 def _positions(recipe: Recipe, surveyed: Survey) -> Iterator[BuildError]:

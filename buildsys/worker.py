@@ -46,6 +46,7 @@ STEPS = "buildsys.steps"
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # parallelism is over fixed units of work, in our own threads: results never depend on it
     "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",  # numpy's
     # glibc raises its threshold for mapped memory to 32 MiB as it goes, and then keeps what tensors have freed: measured 1.3 GiB instead of
     # 0.6 GiB in `score`. A fixed threshold turns that off. A lower one would make each temporary of a few MB a fresh mapping, page by page.
     "MALLOC_MMAP_THRESHOLD_": str(4 << 20),

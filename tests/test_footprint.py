@@ -290,29 +290,31 @@ def test_every_other_gpu_fuses_scale_and_zero_of_a_group() -> None:
 
 def test_the_workspace_of_a_small_engine_by_hand() -> None:
     """One session of 100 tokens: a forward of 101 tokens, hidden 4,096, 32 heads of 128, the MLP 11,008 wide."""
-    found = footprint.workspace(LLAMA2_7B, 100, 1, quantized=False)
+    found = footprint.workspace(LLAMA2_7B, 100, 1, fused=False)
     assert found.forward_bytes == 2 * 4 * 101 * 4096 + 2 * 101 * 128 * 128 + 2 * 2 * 164 * 32 * 128
     wide = replace(LLAMA2_7B, kv_heads=8, intermediate_size=22016)
-    plain, packed = (footprint.workspace(wide, 100, 1, quantized=quantized) for quantized in (False, True))
+    plain, packed = (footprint.workspace(wide, 100, 1, fused=fused) for fused in (False, True))
     assert plain.forward_bytes == 2 * 4 * 101 * 4096 + 2 * 101 * 2 * 22016
     assert packed.forward_bytes == 2 * 4 * 101 * 4096 + 2 * 101 * 22016, "gate and up leave their product alone"
+    one_float = Schemes(W4.default, frozenset({"model.layers.7.mlp.up_proj"}))
+    assert [footprint.fuses_silu(wide, schemes) for schemes in (None, W4, one_float)] == [False, True, False]
     assert found.head_bytes == 2 * 4096 + 32000 * 10
     assert found.fixed_bytes == footprint.KERNELS_BYTES + 4 * 4096 * (32 * 130 + 1) + 2 * 8 * 2 + 4 * 100 + 2 * 8 * 1024
     assert found.total_bytes == found.fixed_bytes + found.forward_bytes
 
 
 def test_a_long_session_unpacks_its_cache() -> None:
-    short, long = (footprint.workspace(LLAMA2_7B, tokens, 1, quantized=True) for tokens in (8192, 131072))
+    short, long = (footprint.workspace(LLAMA2_7B, tokens, 1, fused=True) for tokens in (8192, 131072))
     assert long.forward_bytes - 2 * 4 * 8193 * 4096 - 2 * 8193 * 128 * 128 == 2 * 2 * (131072 + 64) * 32 * 128
     assert short.forward_bytes < long.forward_bytes
 
 
 def test_few_tokens_make_a_small_forward_and_many_sessions_large_logits() -> None:
-    few, more = (footprint.workspace(LLAMA2_7B, tokens, 32, quantized=True) for tokens in (1024, 8192))
+    few, more = (footprint.workspace(LLAMA2_7B, tokens, 32, fused=True) for tokens in (1024, 8192))
     assert few.forward_bytes < more.forward_bytes
-    many = footprint.workspace(LLAMA3_70B, 256, 2048, quantized=True)
+    many = footprint.workspace(LLAMA3_70B, 256, 2048, fused=True)
     assert many.head_bytes > 2**31 and many.total_bytes == many.fixed_bytes + max(many.forward_bytes, many.head_bytes)
-    assert footprint.workspace(LLAMA3_70B, 4096, 32, 4, quantized=True).fixed_bytes > footprint.GROUP_BYTES
+    assert footprint.workspace(LLAMA3_70B, 4096, 32, 4, fused=True).fixed_bytes > footprint.GROUP_BYTES
 
 
 # Speed

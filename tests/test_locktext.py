@@ -138,6 +138,8 @@ ODD = (
     ),
     "".join(f"{'  ' * level}a:\n" for level in range(14)) + f"{'  ' * 14}b: 1\n",
     f"a: {'[' * 7}x{']' * 7}\n",
+    "k:\n" + "".join(f"{'  ' * level}- k:\n" for level in range(600)) + f"{'  ' * 600}- x\n",
+    *("a: {<<: {b: c}}\n", "a: [{<<: [x]}]\n", 'a: {<<: "q"}\n'),
 )
 
 
@@ -151,7 +153,14 @@ def test_the_demo_is_read_quickly_and_no_text_without_its_seal(tmp_path: Path) -
     path.write_bytes(DEMO.read_bytes())
     found = lockfile.quick(path, Texts())
     assert found is not None and found.keys() == lockfile.raw(path, "demo.lock", "").data.keys()
-    for old, new in (("bits: 4", "bits: 3"), ("lock: 1", "lock: 2"), ("seal: ", "seal: 0"), ("recipe: demo", "recipe: demo ")):
+    for old, new in (
+        ("bits: 4", "bits: 3"),
+        ("lock: 1", "lock: 2"),
+        ("lock: 1", "lock: \u0661"),
+        ("# ", "# \x01"),
+        ("seal: ", "seal: 0"),
+        ("recipe: demo", "recipe: demo "),
+    ):
         path.write_text(DEMO.read_text().replace(old, new, 1))
         assert lockfile.quick(path, Texts()) is None
 

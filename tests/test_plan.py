@@ -576,4 +576,4 @@ def test_a_speedup_over_a_source_that_does_not_fit_is_refused(workspace: Path) -
         "config.json",
     )
     (error,) = misfits(recipe, replace(made.survey, architecture=large), *rest)
-    assert "min_speedup is 1.1" in error.what and "does not fit a100-80gb x 1" in error.what and "target.count" in error.fix
+    assert "min_speedup is 1.1" in error.what and "does not fit a100-80gb x 1" in error.what and "target.count: 2" in error.fix

@@ -96,8 +96,9 @@ class Checkpoint:
 
     def refuse_infinite(self, tensors: Mapping[str, Tensor]) -> None:
         """Raises BuildError, as `load` does, where one of these tensors, by their names, holds NaN or Inf; asks a GPU once for all."""
-        ends = torch.stack([torch.isfinite(torch.stack(torch.aminmax(tensor))).all() for tensor in tensors.values()])
-        for name, fine in zip(tensors, ends.tolist(), strict=True):
+        held = {name: tensor.float() if tensor.dtype.itemsize == 1 else tensor for name, tensor in tensors.items() if tensor.numel()}
+        ends = [torch.isfinite(torch.stack(torch.aminmax(tensor))).all() for tensor in held.values()]
+        for name, fine in zip(held, torch.stack(ends).tolist() if ends else (), strict=True):
             if not fine:
                 raise _infinite(self.where(name), name, "holds NaN or Inf")
 

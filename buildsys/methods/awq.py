@@ -26,7 +26,7 @@ VERSION = 3
 KIND = "rescale"
 
 COARSE = 4  # steps from 0 to 1 that are tried first, of both exponents
-JUDGES = 256  # outputs, evenly spread, whose error a choice is judged by: their sum ranks scales as that of all does (docs/LOG.md)
+JUDGES = 512  # outputs, evenly spread, whose error a choice is judged by: their sum ranks scales as that of all does (docs/LOG.md)
 FLOOR = 1e-4  # of the mean length: a column of zeros must not spread the scales beyond what float16 holds
 
 Exponents = tuple[float, float]  # of activations, of weights

@@ -110,8 +110,13 @@ def at(now: Workspace, ref: str, home: Path) -> Iterator[Base]:
 
 
 def _is_lock(entry: Entry) -> bool:
-    """Whether it is a recipe's."""
-    return entry.path.startswith(f"{FOLDER}/") and entry.path.endswith(LOCK) and not entry.path.endswith(f"/{TOOLCHAIN}")
+    """Whether it is a recipe's, and a file of its own: what a link leads to may have changed where the link has not."""
+    return (
+        entry.mode != LINK
+        and entry.path.startswith(f"{FOLDER}/")
+        and entry.path.endswith(LOCK)
+        and not entry.path.endswith(f"/{TOOLCHAIN}")
+    )
 
 
 def _lay(git: Git, entries: list[Entry], changed: frozenset[str], root: Path, folder: Path) -> None:

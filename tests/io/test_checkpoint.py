@@ -134,9 +134,11 @@ def test_nan_and_inf_are_refused_by_name(dtype: torch.dtype, value: float, tmp_p
 
 def test_of_many_tensors_the_one_that_holds_nan_is_named(tmp_path: Path) -> None:
     held = {name: torch.ones(3, dtype=torch.bfloat16) for name in ("a", "b", "c")}
+    held |= {"none": torch.empty(0), "bytes": torch.ones(2, dtype=torch.float8_e5m2)}
     held["b"][1] = torch.nan
     found = model(tmp_path, held)
-    found.refuse_infinite({name: held[name] for name in ("a", "c")})
+    found.refuse_infinite({name: tensor for name, tensor in held.items() if name != "b"})
+    found.refuse_infinite({})
     with pytest.raises(BuildError, match=r"tensor b holds NaN or Inf") as caught:
         found.refuse_infinite(held)
     assert caught.value.where == str(tmp_path / SINGLE)

@@ -93,6 +93,18 @@ def test_a_lock_that_did_not_change_is_read_once(small: Path) -> None:
             now.file(folder / "moved.lock")
 
 
+def test_a_lock_that_is_a_link_is_the_one_that_it_led_to(small: Path) -> None:
+    kept, link = small / "locks" / "one.lock", small / "recipes" / "team" / "one.lock"
+    kept.parent.mkdir()
+    then = Lock(recipes={"one": Lock.read(runs.ROOT / "recipes/demo/demo.lock").recipes["demo"]})
+    kept.write_text(then.text())
+    link.symlink_to("../../locks/one.lock")
+    scripted.commit(small, "locked elsewhere")
+    kept.write_text(Lock(recipes={"one": then.recipes["one"].model_copy(update={"tokens": {}})}).text())
+    with opened(small, "HEAD") as old:
+        assert base.SharedLocks(old, Locks(small)).file(old.workspace.root / "recipes" / "team" / "one.lock") == then
+
+
 def test_it_is_compared_with_where_the_branch_left(small: Path) -> None:
     git(small, "switch", "-q", "-c", "change")
     scripted.commit(small, "mine")
