@@ -5,6 +5,7 @@ Signs are those of glob(7), and `**` crosses folders, as in fsspec, which the hu
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 import re
@@ -85,8 +86,13 @@ _MEANINGS = {"**/": "(?:.+/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 def _regex(pattern: str) -> str:
     def meaning(sign: str) -> str:
         if len(sign) > 2 and sign[0] == "[" and sign not in ("[!]", "[^]"):  # those are never closed: they stand for themselves
-            inner = sign[1:-1].replace("\\", r"\\").replace("[", r"\[")
-            return f"[^{inner[1:]}]" if inner[0] in "!^" else f"[{inner}]"
+            return _bracket(f"[!{sign[2:]}" if sign[1] == "^" else sign)
         return _MEANINGS.get(sign) or re.escape(sign)
 
     return "".join(meaning(sign) for sign in _SIGNS.findall(pattern.removeprefix("./")))
+
+
+def _bracket(sign: str) -> str:
+    """As fnmatch reads it, which knows ranges that run backwards and hold nothing."""
+    around, whole = fnmatch.translate(""), fnmatch.translate(sign)
+    return whole[around.index(")") : len(whole) - len(around) + around.index(")")]
