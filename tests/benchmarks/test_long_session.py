@@ -48,6 +48,7 @@ def text(whole: Any, prompt: list[int], new: int) -> list[int]:
     return ids[len(prompt) :]
 
 
+@pytest.mark.slow
 def test_rules_are_told_apart(long: ModuleType, whole: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(2, 2048, (length,), generator=generator).tolist() for length in (1000, 1200)]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
 WANTED = "chromium" in os.environ.get("BUILDSYS_TEST_REQUIRE", "")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 KINDS = ("demo", "plain", "cached", "large", "bare", "compare", "compare odd")

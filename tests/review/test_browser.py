@@ -15,6 +15,7 @@ import pytest
 import scripted
 from markdown_it import MarkdownIt
 
+pytestmark = pytest.mark.slow
 WANTED = "chromium" in os.environ.get("BUILDSYS_TEST_REQUIRE", "")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WIDTHS = (1280, 390)

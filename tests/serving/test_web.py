@@ -65,6 +65,7 @@ def answered(tab: Any, text: str) -> None:
     tab.locator(".message.bot").filter(has_text=text).last.wait_for()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_a_conversation(browser: Any, width: int, scheme: str) -> None:
     with ApiServer("late:0.05") as server, page(Client(server.url, 30), "my-model", free_port()) as url:
@@ -86,6 +87,7 @@ def test_a_conversation(browser: Any, width: int, scheme: str) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_an_answer_is_shown_while_it_is_written(browser: Any) -> None:
     with ApiServer("late:0") as server, page(Client(server.url, 60), "my-model", free_port()) as url, opened(browser, url, 1280) as tab:
         server.hold = 2
@@ -96,6 +98,7 @@ def test_an_answer_is_shown_while_it_is_written(browser: Any) -> None:
         answered(tab, "gamma beta alpha")
 
 
+@pytest.mark.slow
 def test_an_error_is_shown_and_the_page_lives_on(browser: Any) -> None:
     with ApiServer("refuses") as server, page(Client(server.url, 30), "my-model", free_port()) as url, opened(browser, url, 390) as tab:
         say(tab, "one two")
