@@ -87,6 +87,7 @@ class Listening(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     api: ApiServer
+    _flies = False  # whether a POST of this connection is counted
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
@@ -103,6 +104,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         routes = {"/v1/chat/completions": self.chat, "/v1/completions": self.complete, "/generate": self.generate}
         faults = self.api.faults
+        self._flies = True
         self.api.began(self.path, body)
         try:
             if self.path not in routes:
@@ -120,6 +122,12 @@ class Handler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):
             pass  # the client has left
         finally:
+            self._landed()
+
+    def _landed(self) -> None:
+        """Said before the last that a client waits for: its next request may come before this one's thread goes on."""
+        if self._flies:
+            self._flies = False
             self.api.ended()
 
     # What the model says
@@ -194,6 +202,7 @@ class Handler(BaseHTTPRequestHandler):
             if "cut" in self.api.faults:
                 self.close_connection = True
                 return
+        self._landed()
         self._chunk("data: [DONE]\n\n")
         self._chunk("")
 
@@ -210,6 +219,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, kind: str, data: bytes) -> None:
         self._head(status, kind, {"Content-Length": str(len(data))})
+        self._landed()
         self.wfile.write(data)
 
     def _head(self, status: int, kind: str, more: dict[str, str]) -> None:
