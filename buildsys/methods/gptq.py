@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from buildsys.quant.linear import Rounding
     from buildsys.scheme import Scheme
 
-VERSION = 3
+VERSION = 4
 KIND = "round"
 SEES_TOKENS = True
 

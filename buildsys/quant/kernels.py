@@ -14,7 +14,9 @@ from triton.language.extra import libdevice
 from buildsys.scheme import Scheme
 
 BLOCK = 512  # input channels that a launch of the solvers takes; errors of all others reach it by one product
-MANY = 4224  # outputs from which on the solvers' programs take more of them
+MANY = 8448  # outputs from which on the solvers' programs take more of them
+NARROW = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else 16  # earlier ones have no products as narrow as 8
+STRIP = 32  # input channels whose errors the solvers' programs apply one by one; those of more by one product
 ROWS = 32  # outputs in a tile of the searches
 CHANNELS = 128  # input channels in a tile of the searches: a Gram block
 PART = 32  # input channels that the searches look at together; groups are made of them, so that one kernel has groups of every usual size
@@ -33,22 +35,22 @@ def solvable(weight: Tensor) -> bool:
 
 def _shape(outs: int) -> dict[str, int]:
     """How many outputs a program of the solvers has, and how many input channels' errors it weighs at a time: few outputs, so that there is
-    a program for every processor, or more, so that H is read less often. Measured on an H200."""
+    a program for every scheduler of every processor, or more, so that H is read less often. A program is one warp: each step needs the one
+    before it, and several warps would wait for one another at each. Measured on an H200."""
     few = outs <= MANY
-    return {"WIDTH": 16 if few else 32, "DEPTH": 64 if few else 32, "num_warps": 4}
+    return {"WIDTH": NARROW if few else 16, "DEPTH": 64 if few else 32, "STRIP": STRIP, "num_warps": 1}
 
 
 def round_block(
     target: Tensor, wanted: Tensor, factor: Tensor, group: Tensor, scale: Tensor, zero: Tensor, codes: Tensor, errors: Tensor, top: int
 ) -> None:
     """compensate.round_block on a GPU: rows of a weight do not know of one another, so a program takes a few of them through all columns
-    of the block, CHANNELS of them at a time in registers. float32; `factor` [block, block], `group` [block], scale and zero [groups, out],
+    of the block, STRIP of them at a time in registers. float32; `factor` [block, block], `group` [block], scale and zero [groups, out],
     the others [block, out]."""
     ins, outs = target.shape
-    shape = _shape(outs)
+    shape, pays = _shape(outs), factor.t().contiguous()  # a step reads what one channel's error leaves to those before it
     _round_block[(triton.cdiv(outs, shape["WIDTH"]),)](
-        target, wanted, factor, factor.stride(0), factor.stride(1), group, scale, zero, codes, errors, ins, outs, float(top),
-        BLOCK=CHANNELS, **shape,
+        target, wanted, pays, group, scale, zero, codes, errors, ins, outs, float(top), **shape,
     )  # fmt: skip
 
 
@@ -59,31 +61,45 @@ def _rounded(value, size, middle, top):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _round_block(  # type: ignore[no-untyped-def]
-    target, wanted, factor, down, right, group, scale, zero, codes, errors, ins, outs, top,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    target, wanted, pays, group, scale, zero, codes, errors, ins, outs, top,
+    WIDTH: tl.constexpr, STRIP: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     column = (tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
     inside = column < outs
-    row, depth = tl.arange(0, BLOCK).to(tl.int64), tl.arange(0, DEPTH).to(tl.int64)
-    for done in range(ins // BLOCK):
-        first = ins - (done + 1) * BLOCK
-        tile = tl.load(target + (first + row)[:, None] * outs + column[None, :], mask=inside[None, :], other=0.0)
-        for start in range(first + BLOCK, ins, DEPTH):  # what the errors of the channels after these leave to these
-            share = tl.load(factor + (first + row)[:, None] * down + (start + depth)[None, :] * right)
-            error = tl.load(errors + (start + depth)[:, None] * outs + column[None, :], mask=inside[None, :], other=0.0)
+    row, depth = tl.arange(0, STRIP).to(tl.int64), tl.arange(0, DEPTH).to(tl.int64)
+    for done in range(ins // STRIP):
+        first = ins - (done + 1) * STRIP
+        place = (first + row)[:, None] * outs + column[None, :]
+        tile = tl.load(target + place, mask=inside[None, :], other=0.0)
+        for start in range(first + STRIP, ins, DEPTH):  # what the errors of the channels after these leave to these
+            seen = (start + depth) < ins
+            share = tl.load(pays + (first + row)[:, None] + (start + depth)[None, :] * ins, mask=seen[None, :], other=0.0)
+            error = tl.load(errors + (start + depth)[:, None] * outs + column[None, :], mask=inside[None, :] & seen[:, None], other=0.0)
             tile = tl.dot(share, error, tile, input_precision="tf32")
-        for step in range(BLOCK):
-            at = BLOCK - 1 - step
-            value = tl.sum(tl.where((row == at)[:, None], tile, 0.0), 0)
-            here = tl.load(group + first + at) * outs + column
-            size = tl.load(scale + here, mask=inside, other=1.0)
-            middle = tl.load(zero + here, mask=inside, other=0.0)
-            code = _rounded(value, size, middle, top)
-            error = tl.load(wanted + (first + at) * outs + column, mask=inside, other=0.0) - (code - middle) * size
-            tl.store(codes + (first + at) * outs + column, code, mask=inside)
-            tl.store(errors + (first + at) * outs + column, error, mask=inside)
-            above = tl.load(factor + (first + row) * down + (first + at) * right, mask=row < at, other=0.0)
+        # Memory answers in hundreds of cycles: what a step needs besides the one before it is asked for a step ahead, a group two ahead.
+        last = first + STRIP - 1
+        here = tl.load(group + last) * outs + column
+        size, middle = tl.load(scale + here, mask=inside, other=1.0), tl.load(zero + here, mask=inside, other=0.0)
+        want = tl.load(wanted + last * outs + column, mask=inside, other=0.0)
+        above = tl.load(pays + last * ins + first + row, mask=row < STRIP - 1, other=0.0)
+        coming = tl.load(group + tl.maximum(last - 1, 0))
+        made, off = tl.zeros_like(tile), tl.zeros_like(tile)
+        for step in range(STRIP):
+            at = STRIP - 1 - step
+            then = tl.maximum(first + at - 1, 0)
+            here = coming * outs + column
+            next_size, next_middle = tl.load(scale + here, mask=inside, other=1.0), tl.load(zero + here, mask=inside, other=0.0)
+            next_want = tl.load(wanted + then * outs + column, mask=inside, other=0.0)
+            next_above = tl.load(pays + then * ins + first + row, mask=row < at - 1, other=0.0)
+            coming = tl.load(group + tl.maximum(then - 1, 0))
+            this = (row == at)[:, None]
+            code = _rounded(tl.sum(tl.where(this, tile, 0.0), 0), size, middle, top)
+            error = want - (code - middle) * size
+            made, off = tl.where(this, code[None, :], made), tl.where(this, error[None, :], off)
             tile += above[:, None] * error[None, :]
+            size, middle, want, above = next_size, next_middle, next_want, next_above
+        tl.store(codes + place, made, mask=inside[None, :])
+        tl.store(errors + place, off, mask=inside[None, :])
         tl.debug_barrier()  # the errors are read by other threads than wrote them
 
 
@@ -94,62 +110,88 @@ def refine_block(
     diagonal, `gradient` [block, out] is H E^T before it; scale and zero [groups, out], `centered` codes and `errors` [block, out].
     Updates scale, centered and errors."""
     ins, outs = centered.shape
-    shape = _shape(outs)
+    shape, moved, spare = _shape(outs), torch.empty_like(errors), torch.empty_like(errors)
     _refine_block[(triton.cdiv(outs, shape["WIDTH"]),)](
-        gram, gram.stride(0), added, gradient, scale, zero, centered, errors, torch.empty_like(errors), ins, outs, float(top), least,
+        gram, gram.stride(0), added, gradient, scale, zero, centered, errors, moved, spare, ins, outs, float(top), least,
         GROUP=ins // len(scale), **shape,
     )  # fmt: skip
 
 
 @triton.jit
 def _refine_block(  # type: ignore[no-untyped-def]
-    gram, down, added, gradient, scale, zero, centered, errors, moved, ins, outs, top, least,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    gram, down, added, gradient, scale, zero, centered, errors, moved, spare, ins, outs, top, least,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     column = (tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
     inside = column < outs
-    row, depth = tl.arange(0, GROUP).to(tl.int64), tl.arange(0, DEPTH).to(tl.int64)
+    row, depth = tl.arange(0, STRIP).to(tl.int64), tl.arange(0, DEPTH).to(tl.int64)
     for done in range(ins // GROUP):
         here = ins // GROUP - 1 - done
         first = here * GROUP
-        place = (first + row)[:, None] * outs + column[None, :]
-        slope = tl.load(gradient + place, mask=inside[None, :], other=0.0)
-        for start in range(first + GROUP, ins, DEPTH):  # what has changed since `gradient` was taken
-            moments = tl.load(
-                gram + (first + row)[:, None] * down + (start + depth)[None, :], mask=(start + depth)[None, :] < ins, other=0.0
-            )
-            seen = inside[None, :] & ((start + depth)[:, None] < ins)
-            change = tl.load(moved + (start + depth)[:, None] * outs + column[None, :], mask=seen, other=0.0)
-            slope = tl.dot(moments, change, slope, input_precision="tf32")
-        extra = tl.load(added + first + row)
-        codes = tl.load(centered + place, mask=inside[None, :], other=0.0)
-        within = tl.load(gram + (first + row)[:, None] * down + (first + row)[None, :])
-        within += tl.where(row[:, None] == row[None, :], extra[:, None], 0.0)
-        pull = tl.dot(within, codes, input_precision="tf32")
-        curvature = tl.sum(codes * pull, 0)
+        curvature, lean = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
+        for part in range(GROUP // STRIP):  # what the scale should be; slopes and pulls are kept for the codes
+            low = first + part * STRIP
+            strip = (low + row)[:, None] * outs + column[None, :]
+            slope = tl.load(gradient + strip, mask=inside[None, :], other=0.0)
+            for start in range(first + GROUP, ins, DEPTH):  # what has changed since `gradient` was taken
+                seen = (start + depth) < ins
+                moments = tl.load(gram + (low + row)[:, None] * down + (start + depth)[None, :], mask=seen[None, :], other=0.0)
+                change = tl.load(moved + (start + depth)[:, None] * outs + column[None, :], mask=inside[None, :] & seen[:, None], other=0.0)
+                slope = tl.dot(moments, change, slope, input_precision="tf32")
+            codes = tl.load(centered + strip, mask=inside[None, :], other=0.0)
+            pull = codes * tl.load(added + low + row)[:, None]
+            for start in range(first, first + GROUP, STRIP):
+                moments = tl.load(gram + (low + row)[:, None] * down + (start + row)[None, :])
+                other = tl.load(centered + (start + row)[:, None] * outs + column[None, :], mask=inside[None, :], other=0.0)
+                pull = tl.dot(moments, other, pull, input_precision="tf32")
+            curvature += tl.sum(codes * pull, 0)
+            lean += tl.sum(codes * slope, 0)
+            tl.store(moved + strip, slope, mask=inside[None, :])
+            tl.store(spare + strip, pull, mask=inside[None, :])
         size = tl.load(scale + here * outs + column, mask=inside, other=1.0)
-        better = (size + tl.sum(codes * slope, 0) / curvature).to(tl.float16).to(tl.float32)
+        better = (size + lean / curvature).to(tl.float16).to(tl.float32)
         better = tl.where((curvature > 0) & (better >= least) & (better < 65505.0), better, size)  # neither too small, Inf nor NaN
-        slope -= pull * (better - size)[None, :]
-        change = -codes * (better - size)[None, :]
         tl.store(scale + here * outs + column, better, mask=inside)
         middle = tl.load(zero + here * outs + column, mask=inside, other=0.0)
-        diagonal = tl.load(gram + (first + row) * down + first + row) + extra
-        held = codes * better[None, :]
-        tile = held + slope / diagonal[:, None]
-        for step in range(GROUP):
-            at = GROUP - 1 - step
-            this = (row == at)[:, None]
-            code = _rounded(tl.sum(tl.where(this, tile, 0.0), 0), better, middle, top) - middle
-            off = tl.sum(tl.where(this, held, 0.0), 0) - code * better
-            above = tl.load(gram + (first + row) * down + first + at, mask=row < at, other=0.0) / diagonal
-            tile += above[:, None] * off[None, :]
-            change += tl.where(this, off[None, :], 0.0)
-            codes = tl.where(this, code[None, :], codes)
-        tl.store(moved + place, change, mask=inside[None, :])
-        tl.store(centered + place, codes, mask=inside[None, :])
-        tl.store(errors + place, tl.load(errors + place, mask=inside[None, :], other=0.0) + change, mask=inside[None, :])
-        tl.debug_barrier()  # what has moved is read by other threads than wrote it
+        tl.debug_barrier()  # what is kept is read by other threads than wrote it
+        for part in range(GROUP // STRIP):
+            low = first + GROUP - (part + 1) * STRIP
+            strip = (low + row)[:, None] * outs + column[None, :]
+            codes = tl.load(centered + strip, mask=inside[None, :], other=0.0)
+            slope = tl.load(moved + strip, mask=inside[None, :], other=0.0)
+            slope -= tl.load(spare + strip, mask=inside[None, :], other=0.0) * (better - size)[None, :]
+            for start in range(low + STRIP, first + GROUP, STRIP):
+                moments = tl.load(gram + (low + row)[:, None] * down + (start + row)[None, :])
+                off = tl.load(moved + (start + row)[:, None] * outs + column[None, :], mask=inside[None, :], other=0.0)
+                slope = tl.dot(moments, off, slope, input_precision="tf32")
+            steep = tl.load(gram + (low + row) * down + low + row) + tl.load(added + low + row)
+            tile = codes * better[None, :] + slope / steep[:, None]
+            last = low + STRIP - 1
+            old = tl.load(centered + last * outs + column, mask=inside, other=0.0)
+            above = tl.load(gram + last * down + low + row, mask=row < STRIP - 1, other=0.0) / steep  # a row: H is symmetric
+            made, off = tl.zeros_like(tile), tl.zeros_like(tile)
+            for step in range(STRIP):
+                at = STRIP - 1 - step
+                then = tl.maximum(low + at - 1, 0)  # asked for a step ahead, as above
+                next_old = tl.load(centered + then * outs + column, mask=inside, other=0.0)
+                next_above = tl.load(gram + then * down + low + row, mask=row < at - 1, other=0.0) / steep
+                this = (row == at)[:, None]
+                code = _rounded(tl.sum(tl.where(this, tile, 0.0), 0), better, middle, top) - middle
+                change = old * better - code * better
+                made, off = tl.where(this, code[None, :], made), tl.where(this, change[None, :], off)
+                tile += above[:, None] * change[None, :]
+                old, above = next_old, next_above
+            tl.debug_barrier()  # all have read the old codes
+            tl.store(centered + strip, made, mask=inside[None, :])
+            tl.store(moved + strip, off, mask=inside[None, :])
+            tl.store(spare + strip, off - codes * (better - size)[None, :], mask=inside[None, :])
+            tl.debug_barrier()
+        for part in range(GROUP // STRIP):  # until here `moved` was without what the new scale moves, which the slopes knew
+            strip = (first + part * STRIP + row)[:, None] * outs + column[None, :]
+            change = tl.load(spare + strip, mask=inside[None, :], other=0.0)
+            tl.store(moved + strip, change, mask=inside[None, :])
+            tl.store(errors + strip, tl.load(errors + strip, mask=inside[None, :], other=0.0) + change, mask=inside[None, :])
+        tl.debug_barrier()
 
 
 def rounding_errors(weight: Tensor, gram: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:  # -> [candidates]
