@@ -19,6 +19,7 @@ from buildsys.quant.grid import Grid
 
 BLOCK = 128  # columns whose errors are applied together
 STRIP = 32  # of them, those that a CPU applies one by one
+ROWS = 1024  # of a matrix that are put in another order at a time
 
 
 @dataclass(frozen=True)
@@ -53,22 +54,33 @@ class Factored:
         return Factored(h, self.order.to(device), self.factor.to(device))
 
 
-def unit_factor(gram: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:  # [in, in] -> upper triangular [in, in], [in], damping
-    """R of H = R^T R with each row divided by its diagonal, what was added to the diagonal of `gram` (which is used up), and the damping.
+def unit_factor(gram: Tensor, damping: float, order: Tensor) -> tuple[Tensor, Tensor, float]:
+    """R of H = R^T R with each row divided by its diagonal (upper triangular [in, in]), what was added to the diagonal of `gram` [in, in]
+    to make it H, [in], and the damping. H, R and what was added are in `order` [in]; `gram` is left alone.
 
     Damping grows tenfold while H is too near singular to factor."""
-    if not bool(torch.isfinite(gram).all()):  # no damping mends it
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(gram))).all()):  # no damping mends it
         fix = "look whether the model computes in float32 at all; skip this layer"
         raise BuildError("quantize", "activations of the calibration text are NaN or infinite", fix)
-    diagonal = gram.diagonal().clone()
+    diagonal, failed = gram.diagonal()[order], torch.empty((), dtype=torch.int32, device=gram.device)
     mean = diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
     while True:
         added = torch.where(diagonal > 0, damping * mean, mean)  # a channel never seen is rounded to nearest
-        gram.diagonal().copy_(diagonal + added)
-        lower, failed = torch.linalg.cholesky_ex(gram)
+        h = _ordered(gram, order)
+        h.diagonal().add_(added)
+        # In place: of a wide layer every copy counts. Factors are kept column by column, which of a symmetric matrix is its transpose.
+        torch.linalg.cholesky_ex(h.t(), out=(h.t(), failed))
         if not failed:
-            return lower.div_(lower.diagonal().clone()).t(), added, damping
+            return h.div_(h.diagonal().clone()[:, None]), added, damping
         damping *= 10
+
+
+def _ordered(gram: Tensor, order: Tensor) -> Tensor:
+    """A copy with rows and columns in `order`, made of some rows at a time."""
+    found = torch.empty_like(gram)
+    for rows, into in zip(torch.split(order, ROWS), torch.split(found, ROWS), strict=True):
+        torch.index_select(gram[rows], 1, order, out=into)
+    return found
 
 
 def factored(gram: Tensor, damping: float, activation_order: bool) -> Factored:
@@ -76,7 +88,7 @@ def factored(gram: Tensor, damping: float, activation_order: bool) -> Factored:
     order = torch.arange(len(gram) - 1, -1, -1, device=gram.device)
     if activation_order:
         order = torch.argsort(gram.diagonal(), descending=True, stable=True).flip(0)
-    factor, added, damping = unit_factor(gram[order][:, order], damping)  # indexing makes a copy
+    factor, added, damping = unit_factor(gram, damping, order)
     unseen = int((gram.diagonal() <= 0).sum())
     return Factored(Curvature(gram, torch.empty_like(added).index_copy_(0, order, added), damping, unseen), order, factor)
 

@@ -74,8 +74,9 @@ def test_the_order_of_activations_changes_codes_and_groups_stay_where_they_are()
 
 def test_the_factor_is_that_of_the_damped_moments() -> None:
     _, gram = layer(3, 48)
-    upper, added, damping = unit_factor(gram.double(), 0.05)  # a copy, which is used up
-    damped = gram.double() + 0.05 * gram.double().diagonal().mean() * torch.eye(48, dtype=torch.float64)
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(3))
+    upper, added, damping = unit_factor(gram.double(), 0.05, order)
+    damped = (gram.double() + 0.05 * gram.double().diagonal().mean() * torch.eye(48, dtype=torch.float64))[order][:, order]
     pivots = torch.linalg.cholesky(damped).diagonal()
     torch.testing.assert_close((upper.t() * pivots.square()) @ upper, damped, rtol=0, atol=1e-8)
     assert damping == 0.05 and torch.allclose(added, (0.05 * gram.double().diagonal().mean()).expand(48))
