@@ -123,13 +123,13 @@ def calibrate(request: Request, progress: Progress) -> None:
 
 def quantize(request: Request, progress: Progress) -> dict[str, Any]:
     """Codes for every block, by the backend that the recipe names."""
-    from buildsys.quant import quantize as walk
+    from buildsys.quant.rounding import Job
 
     said = request.knobs.get("backend", {"name": "native", "knobs": {}})
     backend = modules("backends")[said["name"]]
     *rescalers, rounder = (_method(one if isinstance(one, Mapping) else {"name": one, "knobs": {}}) for one in request.knobs["methods"])
     own = {name: _method(one) for name, one in request.knobs.get("own_methods", {}).items()}
-    job = walk.Job(schemes(request), tuple(rescalers), rounder, own)
+    job = Job(schemes(request), tuple(rescalers), rounder, own)
     work = Work(request, float_model(request.read("source"), request), job, modules("formats"))
     facts: dict[str, Any] = backend.quantize(backend.Knobs.model_construct(**said["knobs"]), work, progress)
     return facts
@@ -142,10 +142,11 @@ def allocate(request: Request, progress: Progress) -> dict[str, Any]:
     from buildsys.quant import quantize as walk
     from buildsys.quant.budget import average_bits, spend, table
     from buildsys.quant.parallel import tensor_cores
+    from buildsys.quant.rounding import Job
 
     mixed, stats = request.knobs["mixed"], request.read("stats")
     model = float_model(request.read("source"), request)
-    job = walk.Job(schemes(request), tuple(map(_method, request.knobs["methods"])), _method({"name": "rtn", "knobs": {}}))
+    job = Job(schemes(request), tuple(map(_method, request.knobs["methods"])), _method({"name": "rtn", "knobs": {}}))
     seen = checkpoint.load(request.read("tokens").path(TOKENS))["tokens"]
     together = tuple(fused(model.architecture))
     with tensor_cores(request.resources.device):
@@ -169,7 +170,7 @@ def schemes(request: Request) -> Schemes:
 
 
 def _method(said: Mapping[str, Any]) -> Any:
-    from buildsys.quant.quantize import Method
+    from buildsys.quant.rounding import Method
 
     module = modules("methods")[said["name"]]
     return Method(module, module.Knobs.model_construct(**said["knobs"]))
@@ -180,7 +181,8 @@ def pack(request: Request, progress: Progress) -> None:
     from buildsys.io.checkpoint import DTYPES, Checkpoint, Writer
     from buildsys.quant.blocks import load_block
     from buildsys.quant.parallel import through_files
-    from buildsys.quant.quantize import block_name, to_half
+    from buildsys.quant.quantize import block_name
+    from buildsys.quant.rounding import to_half
     from buildsys.quant.rows import relay
 
     made, source = _relaid(request), Checkpoint(request.read("source").files)

@@ -18,7 +18,7 @@ from buildsys.step import Request
 
 if TYPE_CHECKING:
     from buildsys.quant.model import Model
-    from buildsys.quant.quantize import Job
+    from buildsys.quant.rounding import Job
 
 Progress = Callable[[str, int, int], None]
 Misfit = tuple[str, str, str]  # a key below `quantization`, or of the recipe ("format"); what; fix

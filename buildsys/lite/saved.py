@@ -49,7 +49,7 @@ class Saved:
 
     def floats(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors that stay float, by whole names, in float16."""
-        from buildsys.quant.quantize import to_half
+        from buildsys.quant.rounding import to_half
 
         missing = [name for name in names if name not in self.made]
         if missing:
@@ -61,7 +61,7 @@ class Saved:
         import torch
 
         from buildsys.io.checkpoint import Checkpoint
-        from buildsys.quant.quantize import to_half
+        from buildsys.quant.rounding import to_half
 
         a, original = self.architecture, Checkpoint(source)
         for name in (a.embed, a.final_norm, *([a.lm_head] if a.lm_head is not None else [])):

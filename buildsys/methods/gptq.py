@@ -48,18 +48,20 @@ def round_weights(weight: Tensor, gram: Tensor, scheme: Scheme, knobs: Knobs, de
     from buildsys.quant.linear import QuantizedLinear, Rounding
     from buildsys.quant.parallel import on_each
     from buildsys.quant.refine import refined
+    from buildsys.quant.search import output_norms
 
     whole = factored(gram, knobs.damping, knobs.activation_order)
 
-    def share(device: str, rows: range) -> QuantizedLinear:
+    def share(device: str, rows: range) -> tuple[QuantizedLinear, Tensor]:
         part, by = weight[rows.start : rows.stop].to(device), whole.to(device)
         grid = least_error(part, scheme, by.h.gram.diagonal()) if knobs.least_error_grid else min_max(part, scheme)
         grid, codes = refined(part, by.h, grid, compensated(part, by, grid), knobs.sweeps)
-        return grid.linear(codes)
+        return grid.linear(codes), output_norms(part, grid.dequantize(codes), by.h.gram)
 
-    parts = on_each(share, len(weight), devices or (str(weight.device),))
+    parts, norms = zip(*on_each(share, len(weight), devices or (str(weight.device),)), strict=True)
     codes, scale, zero = (
         torch.cat([part.to(weight.device) for part in each])
         for each in zip(*((part.codes, part.scale, part.zero) for part in parts), strict=True)
     )
-    return Rounding(QuantizedLinear(codes, scale, zero, scheme), {"damping": whole.h.damping, "unseen_channels": whole.h.unseen})
+    notes = {"damping": whole.h.damping, "unseen_channels": whole.h.unseen}
+    return Rounding(QuantizedLinear(codes, scale, zero, scheme), notes, torch.cat([part.to(weight.device) for part in norms], 1))

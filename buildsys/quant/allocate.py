@@ -33,8 +33,8 @@ from buildsys.quant.grid import least_error
 from buildsys.quant.model import Head, Model, chunks
 from buildsys.quant.observe import Progress, SiteStats, load_stats
 from buildsys.quant.parallel import ordered
-from buildsys.quant.quantize import Job, rescale
 from buildsys.quant.rotary import tables
+from buildsys.quant.rounding import Job, rescale
 from buildsys.quant.search import gram_norm
 from buildsys.scheme import Bits, Scheme
 from buildsys.step import Resources

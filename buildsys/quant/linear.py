@@ -42,7 +42,10 @@ class QuantizedLinear:
 
 @dataclass(frozen=True)
 class Rounding:
-    """What a rounding method made of a matrix, and what a manifest should tell about how (`damping`: share of H's mean diagonal)."""
+    """What a rounding method made of a matrix, and what a manifest should tell about how (`damping`: share of H's mean diagonal).
+
+    norms: [2, out], the squared error of each output and its square, by a method that has the matrices where they are weighed fastest."""
 
     linear: QuantizedLinear
     notes: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    norms: Tensor | None = None

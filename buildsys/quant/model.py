@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -43,17 +44,20 @@ class Model:
         return replace(self, dtype=stored) if half else self
 
     def blocks(self, layers: Iterable[int]) -> Iterator[Block]:
-        """These blocks in turn. On a GPU the next ones are read into pinned host memory while one computes, and looked through for NaN
-        and Inf there."""
+        """These blocks in turn. While a GPU computes with one, the next is on its way there and those after it are read into pinned host
+        memory; NaN and Inf are looked for on the GPU."""
         if self.device == "cpu":
             yield from map(self.block, layers)
             return
-        prefix, host = self.architecture.prefix, replace(self, device="cpu", pinned=True)
-        for block in ahead(host.block, layers, self.device):
-            there = block.to(self.device)
-            stored = {prefix(block.layer) + name: tensor for name, tensor in there.weights.items()}
-            self.checkpoint.refuse_infinite({name: tensor for name, tensor in stored.items() if name in self.checkpoint})
-            yield there
+        host = replace(self, device="cpu", pinned=True)
+        yield from map(
+            self._finite, _uploaded(ahead(host.block, layers, self.device), self.device)
+        )  # which holds no block once it is given
+
+    def _finite(self, block: Block) -> Block:
+        named = {self.architecture.prefix(block.layer) + name: tensor for name, tensor in block.weights.items()}
+        self.checkpoint.refuse_infinite({name: tensor for name, tensor in named.items() if name in self.checkpoint})
+        return block
 
     def block(self, layer: int) -> Block:
         """Block `layer`, its packed linears dequantized."""
@@ -98,6 +102,27 @@ class Model:
         norm = self.checkpoint.load(a.final_norm, torch.float32, self.device)
         weight = self.checkpoint.load(a.lm_head or a.embed, torch.float32, self.device)
         return Head(norm, weight, a.rms_norm_eps)
+
+
+def _uploaded(blocks: Iterable[Block], device: str) -> Iterator[Block]:
+    """Each block on a GPU; the next one's copy, on a stream of its own, has begun by then."""
+    stream, coming = torch.cuda.Stream(device), deque[tuple[Block, torch.cuda.Event]]()  # type: ignore[no-untyped-call]
+
+    def arrived() -> Block:
+        block, copied = coming.popleft()
+        computes = torch.cuda.current_stream(device)
+        computes.wait_event(copied)
+        for tensor in block.weights.values():
+            tensor.record_stream(computes)  # what frees it may not give it to the next copy before this stream is done with it
+        return block
+
+    for block in blocks:
+        with torch.cuda.stream(stream):
+            coming.append((block.to(device), stream.record_event()))
+        if len(coming) > 1:
+            yield arrived()
+    while coming:
+        yield arrived()
 
 
 @dataclass(frozen=True)

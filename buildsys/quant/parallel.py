@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import TypeVar
 
 import torch
@@ -53,13 +53,32 @@ def on_each(work: Callable[[str, range], Result], count: int, devices: Sequence[
     if len(devices) == 1:
         return [work(devices[0], shares[0])]
 
-    def there(device: str, share: range) -> Result:
-        with torch.cuda.device(device), torch.no_grad():  # both are a thread's own
-            return work(device, share)
-
-    begun = [_thread(device).submit(there, device, share) for device, share in zip(devices, shares, strict=True)]
+    begun = [_begun(partial(work, device, share), device) for device, share in zip(devices, shares, strict=True)]
     wait(begun)  # nobody goes on behind the back of whoever is told of an error
     return [one.result() for one in begun]
+
+
+def aside(work: Callable[[], Result], device: str) -> Callable[[], Result]:
+    """Begins `work` on one device of several, before what is next asked of it; the answer waits for its result."""
+    return _begun(work, device).result
+
+
+def beforehand(work: Callable[[str], None], devices: Sequence[str]) -> Callable[[], None]:
+    """Begins `work(device)` on GPUs for what it leaves loaded there, on a CPU nothing; the answer waits until it has ended, however."""
+    begun = [_begun(partial(work, device), device) for device in devices if device != "cpu"]
+
+    def waited() -> None:
+        wait(begun)
+
+    return waited
+
+
+def _begun(work: Callable[[], Result], device: str) -> Future[Result]:
+    def there() -> Result:
+        with torch.cuda.device(device), torch.no_grad():  # both are a thread's own
+            return work()
+
+    return _thread(device).submit(there)
 
 
 @cache

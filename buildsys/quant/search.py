@@ -14,6 +14,7 @@ from buildsys.quant.grid import covering, min_max, to_nearest
 from buildsys.quant.observe import GRAM_BLOCK, SiteStats
 from buildsys.scheme import Scheme
 
+OUTPUTS = 4096  # whose norms are weighed at a time: the product is as large as they are
 ROWS, CHANNELS = 256, 512  # outputs and inputs of the tile that a core keeps in its own cache while it tries every candidate
 
 
@@ -22,6 +23,12 @@ def gram_norm(error: Tensor, stats: SiteStats) -> float:  # [out, in] -> mean ov
     padded = torch.nn.functional.pad(error, (0, -error.shape[1] % GRAM_BLOCK))
     blocks = torch.unflatten(padded, 1, (-1, GRAM_BLOCK)).transpose(0, 1)  # [blocks, out, 128]
     return float(((blocks @ stats.gram) * blocks).sum())
+
+
+def output_norms(weight: Tensor, rounded: Tensor, gram: Tensor) -> Tensor:  # [out, in], [out, in], [in, in] -> [2, out]
+    """The mean over tokens of the squared error of each output, and of its square."""
+    tiles = zip(torch.split(weight, OUTPUTS), torch.split(rounded, OUTPUTS), strict=True)
+    return torch.cat([torch.stack([((w @ gram) * w).sum(1) for w in (made - held, held)]) for held, made in tiles], 1)
 
 
 def rounding_errors(weights: Sequence[Tensor], stats: SiteStats, scales: Tensor, scheme: Scheme) -> list[float]:

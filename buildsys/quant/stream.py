@@ -21,7 +21,7 @@ from buildsys.step import Resources
 
 LARGE_BYTES = 256 << 20
 ERROR_WINDOWS = 2  # that a finished block is compared with its source on
-KEEP_BYTES = 1 << 30  # of what down_proj reads, from its own question until the block is finished; more is computed again
+KEEP_BYTES = 1 << 30  # of what down_proj reads, from its own question until the block is finished; of more, as `_keeps` says
 
 
 MLP: tuple[Role, ...] = ("gate", "up", "gate_up", "down")
@@ -53,23 +53,25 @@ class Walk:
         # units x [tokens, hidden]: what enters the block; from mlp_in on, what enters its MLP
         self._hidden = units(model, tokens, resources.devices)
         self._attended: list[Tensor] = []  # windows x [tokens, heads * head_dim], between o_in and mlp_in
-        self._inner: list[Tensor] = []  # windows x [tokens, intermediate], from down_in on, where that has room
+        self._inner: list[Tensor | None] = []  # windows x [tokens, intermediate], from down_in on, of those for which there is room
+        home = self._hidden[0].device.type != "cpu"
+        self._elsewhere = sum(h.nbytes for h in self._hidden) * (len(resources.devices) - 1) // len(resources.devices) if home else 0
         self._routed: list[list[Tensor]] = []  # windows x experts x [sent]: which tokens, from a mixture's first site on
         self._tokens = tokens.numel()
 
-    def first_windows(self) -> list[Tensor]:
-        """Copies of what enters the block, of a few windows on the first device."""
+    def answers(self, source: Block) -> list[tuple[Tensor, Tensor]]:
+        """A few windows that enter the block, on the first device, and what the source's block makes of each."""
         few = [h for unit in self._hidden[:ERROR_WINDOWS] for h in (unit if unit.dim() == 3 else [unit])][:ERROR_WINDOWS]
-        return [h.to(self._resources.devices[0], copy=True) for h in few]
-
-    def error(self, source: Block, quantized: Block, entering: Sequence[Tensor]) -> float:
-        """How far the quantized block's outputs are from the source's on the same inputs: their mean squared distance, as a share of the
-        mean square of what the source's block adds to its inputs."""
         device = self._resources.devices[0]
-        theirs, ours, off, added = source.to(self._dtype), quantized.to(self._dtype), 0.0, 0.0
-        for h in entering:
-            wanted = theirs.forward(h, self._rotary[device])
-            off += float((ours.forward(h, self._rotary[device]) - wanted).square().sum(dtype=torch.float64))
+        entering, there = [h.to(device, copy=True) for h in few], source.to(self._dtype)
+        return [(h, there.forward(h, self._rotary[device])) for h in entering]
+
+    def error(self, block: Block, answers: Sequence[tuple[Tensor, Tensor]]) -> float:
+        """How far a quantized block's outputs are from these of its source: their mean squared distance, as a share of the mean square of
+        what the source's block adds to its inputs."""
+        there, off, added = block.to(self._dtype), 0.0, 0.0
+        for h, wanted in answers:
+            off += float((there.forward(h, self._rotary[self._resources.devices[0]]) - wanted).square().sum(dtype=torch.float64))
             added += float((wanted - h).square().sum(dtype=torch.float64))
         return off / max(added, torch.finfo(torch.float32).tiny)
 
@@ -92,7 +94,7 @@ class Walk:
                 x, keep = self._site(there, site, at, device)
                 if site == "mlp_in":  # at once: two copies of all hidden states are more than a GPU should hold
                     self._hidden[at], self._attended[at] = keep, keep[:0].clone()
-                elif site == "o_in" or (site == "down_in" and keep.nbytes * len(self._hidden) <= KEEP_BYTES):
+                elif site == "o_in" or (site == "down_in" and self._keeps(keep, at - windows[0])):
                     kept[at] = keep
                 return x
 
@@ -103,12 +105,16 @@ class Walk:
         if site == "o_in":
             self._attended = []
         total = self._together(share, self._architecture.width(site))
-        held = [keep for keep in kept if keep is not None]
         if site == "o_in":
-            self._attended = held
-        elif len(held) == len(self._hidden):
-            self._inner = held
+            self._attended = [keep for keep in kept if keep is not None]
+        elif site == "down_in":
+            self._inner = kept
         return Moments(total.div_(self._tokens))
+
+    def _keeps(self, inner: Tensor, place: int) -> bool:
+        """Whether what down_proj reads of a device's window of this place is kept: where all of it is little, and of several GPUs on each
+        as much as the hidden states take that lie on the others."""
+        return inner.nbytes * len(self._hidden) <= KEEP_BYTES or inner.nbytes * (place + 1) <= self._elsewhere
 
     def _expert(self, block: Block, site: Site, expert: int) -> Moments:
         if not self._routed:
@@ -157,10 +163,13 @@ class Walk:
     def finish(self, block: Block) -> None:
         """Leave a block whose sites were all asked for."""
         self._routed, inner, self._inner = [], self._inner, []
-        if inner:
-            self._replace(block, ("down",), lambda there, h, at, _: there.after_mlp(h, inner[at].to(h.device)))
-        else:
-            self._replace(block, MLP, lambda there, h, *_: there.mlp(h))
+
+        def after(there: Block, h: Tensor, at: int, _: str) -> Tensor:
+            held = inner[at] if inner else None
+            return there.mlp(h) if held is None else there.after_mlp(h, held.to(h.device))
+
+        every = bool(inner) and all(held is not None for held in inner)
+        self._replace(block, ("down",) if every else MLP, after)
 
     def replay(self, block: Block) -> None:
         """Pass through a block that was finished earlier."""

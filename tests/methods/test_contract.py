@@ -17,8 +17,8 @@ from buildsys.quant.block import Block
 from buildsys.quant.fold import tied_channels
 from buildsys.quant.grid import min_max
 from buildsys.quant.observe import SiteStats, gram_blocks
-from buildsys.quant.quantize import Job, Method, rescale
 from buildsys.quant.rotary import tables
+from buildsys.quant.rounding import Job, Method, rescale
 from buildsys.scheme import Bits, GroupSize, Scheme, Schemes
 from buildsys.slots import Frozen, modules
 from tests import models

@@ -22,8 +22,9 @@ from buildsys.quant.budget import Group
 from buildsys.quant.grid import least_error
 from buildsys.quant.model import Model
 from buildsys.quant.observe import calibrate, load_stats
-from buildsys.quant.quantize import Job, Method, block_name, rescale
+from buildsys.quant.quantize import block_name
 from buildsys.quant.rotary import tables
+from buildsys.quant.rounding import Job, Method, rescale
 from buildsys.quant.score import compare_window
 from buildsys.quant.search import gram_norm
 from buildsys.scheme import Bits, Scheme, Schemes

@@ -18,8 +18,9 @@ from buildsys.quant.blocks import load_block
 from buildsys.quant.fold import fold, tied_channels
 from buildsys.quant.model import Model
 from buildsys.quant.observe import calibrate, load_stats
-from buildsys.quant.quantize import Job, Method, block_name, errors_name, quantize, to_half, told
+from buildsys.quant.quantize import block_name, errors_name, quantize, told
 from buildsys.quant.rotary import tables
+from buildsys.quant.rounding import Job, Method, to_half
 from buildsys.scheme import Scheme, Schemes
 from buildsys.step import Resources
 from tests import models
