@@ -116,12 +116,12 @@ def through_files(work: Callable[[Unit], Result], units: Iterable[Unit], resourc
 AHEAD = 4
 
 
-def ahead(work: Callable[[Unit], Result], units: Iterable[Unit], device: str) -> Iterator[Result]:
-    """`map(work, units)`; where a GPU computes, AHEAD units are begun before they are asked for."""
+def ahead(work: Callable[[Unit], Result], units: Iterable[Unit], device: str, at_once: int = AHEAD) -> Iterator[Result]:
+    """`map(work, units)`; where a GPU computes, `at_once` units are begun before they are asked for."""
     if device == "cpu":
         yield from map(work, units)
     else:
-        yield from _pooled(work, units, AHEAD, AHEAD + 1)
+        yield from _pooled(work, units, at_once, at_once + 1)
 
 
 def _pooled(work: Callable[[Unit], Result], units: Iterable[Unit], threads: int, at_most: int) -> Iterator[Result]:

@@ -19,10 +19,11 @@ from torch import Tensor
 from buildsys.quant.block import Block, Rotary
 from buildsys.quant.model import Head, Model, chunks
 from buildsys.quant.observe import Progress
-from buildsys.quant.parallel import ordered
+from buildsys.quant.parallel import ahead, ordered
 from buildsys.quant.rotary import tables
 from buildsys.step import Resources
 
+BLOCKS_AHEAD = 2  # in float32, of each model
 SCORES = ("source_nll", "quantized_nll", "kl", "agree")
 
 Keep = Callable[[Tensor], Tensor] | None
@@ -48,16 +49,17 @@ def score_caches(
 ) -> dict[str, Scores]:
     """The quantized model with each of `caches` beside the source, to the bit what `score` says of each alone.
 
-    In memory at a time: one block of each model, and of every window the hidden states [tokens, hidden] of the source and of each cache.
+    In memory at a time: one block of each model, on a GPU BLOCKS_AHEAD more, and of every window the hidden states [tokens, hidden] of the
+    source and of each cache.
     """
     layers, keeps = source.architecture.layers, tuple(caches.values())
     rotary = tables(source.architecture, tokens.shape[1], resources.device)
     # windows x streams x [tokens, hidden]: the source first, then a stream for each cache
     hidden = [(one, *(other,) * len(keeps)) for one, other in zip(source.embed(tokens), quantized.embed(tokens), strict=True)]
     drift: list[list[float]] = []
-    for layer in range(layers):
-        unpacked = quantized.block(layer)
-        blocks = source.block(layer), *(replace(unpacked, keep_kv=keep) for keep in keeps)
+    both = (ahead(model.block, range(layers), resources.device, BLOCKS_AHEAD) for model in (source, quantized))
+    for layer, (float_block, unpacked) in enumerate(zip(*both, strict=True)):
+        blocks = float_block, *(replace(unpacked, keep_kv=keep) for keep in keeps)
         for at, after in enumerate(ordered(partial(_forward, blocks, rotary), hidden, resources)):
             hidden[at] = after
         drift.append(_drift(hidden))
