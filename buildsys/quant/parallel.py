@@ -167,27 +167,26 @@ def has_matrix_units() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
-WRITERS = 2
-
-
 class Behind:
-    """WRITERS pieces of work at a time beside the caller's own, in no order: what is finished is written while a GPU computes the next, and
-    one file is copied while a disk takes in another. On a CPU, which would only do two things by halves and hold both in memory, at once.
+    """`writers` pieces of work at a time beside the caller's own, in no order: what is finished is written while a GPU computes the next,
+    and one file is copied while a disk takes in another. Each holds its block on the GPU until it is written. On a CPU, which would only do
+    two things by halves and hold both in memory, at once.
     """
 
-    def __init__(self, device: str) -> None:
-        self._pool = ThreadPoolExecutor(WRITERS) if device != "cpu" else None
+    def __init__(self, device: str, writers: int) -> None:
+        self._writers = writers
+        self._pool = ThreadPoolExecutor(writers) if device != "cpu" else None
         self._begun: deque[Future[None]] = deque()
 
     def __enter__(self) -> Behind:
         return self
 
     def do(self, work: Callable[[], None]) -> None:
-        """Begins `work` when no more than one piece is still at work; what an earlier one raised is raised here, or at the end."""
+        """Begins `work` when fewer than `writers` pieces are at work; what an earlier one raised is raised here, or at the end."""
         if self._pool is None:
             work()
             return
-        while len(self._begun) >= WRITERS or (self._begun and self._begun[0].done()):
+        while len(self._begun) >= self._writers or (self._begun and self._begun[0].done()):
             self._begun.popleft().result()
         self._begun.append(self._pool.submit(work))
 

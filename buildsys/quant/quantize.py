@@ -26,6 +26,9 @@ from buildsys.quant.rounding import Job, Rounded, activations, rescale, round_bl
 from buildsys.quant.stream import Walk
 from buildsys.step import Resources
 
+WRITERS = 4
+"""Blocks that are written at a time where one is computed faster than one thread copies it from the GPU and a disk takes it in."""
+
 
 def block_name(layer: int) -> str:
     return f"block-{layer:05d}.safetensors"
@@ -66,7 +69,7 @@ def _each(
     def share(device: str, places: range) -> None:
         layers = [left[at] for at in places]
         observed = ahead(lambda layer: load_stats(stats(layer), device), layers, device)
-        with Behind(device) as writer:
+        with Behind(device, WRITERS) as writer:
             for block, seen in zip(replace(model, device=device).blocks(layers), observed, strict=True):
                 warm()
                 block, scales = rescale(block, seen, job)
@@ -89,7 +92,7 @@ def _in_turn(
 ) -> None:
     """Blocks that see what those before them became, and so are done one after the other."""
     architecture = model.architecture
-    with Behind(resources.device) as writer:
+    with Behind(resources.device, 1) as writer:  # a layer takes ten times as long, and a block that waits is GPU memory
         for layer in range(left[-1] + 1):
             if layer in left:
                 finished, rounded = _walked(rescaled, job, walk, resources)

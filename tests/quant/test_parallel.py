@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
 
-from buildsys.quant.parallel import AHEAD, WRITERS, Behind, ahead, has_matrix_units, ordered, tensor_cores
+from buildsys.quant.parallel import AHEAD, Behind, ahead, has_matrix_units, ordered, tensor_cores
 from buildsys.step import Resources
 
 RESOURCES = [Resources(threads, batch) for threads in (1, 2, 5) for batch in (1, 8)]
@@ -80,7 +81,7 @@ def test_no_gradients_are_kept(resources: Resources) -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_behind_does_everything_and_waits_at_the_end(device: str) -> None:
     done: list[int] = []
-    with Behind(device) as behind:
+    with Behind(device, 2) as behind:
         for number in range(20):
             behind.do(lambda number=number: done.append(number))
     assert sorted(done) == list(range(20))
@@ -91,12 +92,12 @@ def test_what_fails_behind_is_raised_in_front(device: str) -> None:
     def fail() -> None:
         raise OSError("the disk is full")
 
-    with pytest.raises(OSError, match="full"), Behind(device) as behind:
+    with pytest.raises(OSError, match="full"), Behind(device, 2) as behind:
         behind.do(fail)
-    with pytest.raises(OSError, match="full"), Behind(device) as behind:
+    with pytest.raises(OSError, match="full"), Behind(device, 2) as behind:
         behind.do(fail)
         behind.do(lambda: None)
-    with pytest.raises(ValueError, match="first"), Behind("cuda") as behind:
+    with pytest.raises(ValueError, match="first"), Behind("cuda", 2) as behind:
         behind.do(fail)
         raise ValueError("first")
 
@@ -114,16 +115,23 @@ def test_a_gpu_s_next_units_are_begun_before_they_are_asked_for(device: str, beg
     assert list(results) == list(range(1, 20))
 
 
-def test_behind_has_a_few_things_at_work_and_no_more() -> None:
-    go, done = threading.Event(), list[int]()
-    with Behind("cuda") as behind:
-        for number in range(WRITERS):
-            behind.do(lambda number=number: (go.wait(5), done.append(number)))
-        assert done == [], "they are at work, and the caller goes on"
+@pytest.mark.parametrize("writers", [1, 2, 4])
+def test_behind_has_as_many_things_at_work_as_it_was_told_and_no_more(writers: int) -> None:
+    go, begun, done = threading.Event(), threading.Semaphore(0), list[int]()
+
+    def work(number: int) -> None:
+        begun.release()
+        go.wait(5)
+        done.append(number)
+
+    with Behind("cuda", writers) as behind:
+        for number in range(writers):
+            behind.do(partial(work, number))
+        assert all(begun.acquire(timeout=5) for _ in range(writers)) and done == [], "all are at work, and the caller goes on"
         threading.Timer(0.05, go.set).start()
-        behind.do(lambda: done.append(WRITERS))
+        behind.do(lambda: done.append(writers))
         assert 0 in done, "the next one waited for the first"
-    assert sorted(done) == list(range(WRITERS + 1))
+    assert sorted(done) == list(range(writers + 1))
 
 
 def test_products_are_rounded_where_a_cpu_gains_by_it_and_exact_again_afterwards() -> None:
