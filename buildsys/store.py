@@ -19,21 +19,23 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from buildsys import digests, disk
 from buildsys.errors import BuildError
 from buildsys.step import Step, canonical, digest, reads
 
-HASHERS = 8
+AT_A_TIME = 8  # files that are hashed and synced
 BLOB_TIME_NS = 1_000_000_000 * 10**9
 NO_HARD_LINK = frozenset({errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES})
 Waiting = Callable[[str], None]
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -190,10 +192,11 @@ class Store:
         """
         with self.in_use(), disk.writing(stage):
             staged = {path.relative_to(stage).as_posix(): path for path in _outputs(stage)}
-            hashes = _hashed([path for name, path in staged.items() if name not in links and not path.is_symlink()])
-            files = {name: self._adopt(path, name in links, hashes.get(path)) for name, path in sorted({**staged, **links}.items())}
-            for name in files:
+            given = sorted({**staged, **links}.items())
+            for name, _ in given:
                 _check_name(name)
+            made = _several_at_a_time(lambda one: self._adopt(one[1], one[0] in links), given)
+            files = {name: file for (name, _), file in zip(given, made, strict=True)}
             listed = {name: {"sha256": file.sha256, "size": file.size} for name, file in files.items()}
             disk.write(self._manifest(key), canonical({"files": listed, "key": key, "meta": dict(meta)}))
         shutil.rmtree(stage, ignore_errors=True)
@@ -349,7 +352,7 @@ class Store:
         except BuildError:
             return digests.sha256(blob)
 
-    def _adopt(self, path: Path, stays: bool, sha256: str | None) -> File:
+    def _adopt(self, path: Path, stays: bool) -> File:
         if path.is_symlink():
             hop = Path(os.path.normpath(path.parent / os.readlink(path)))
             if hop.parent.parent == (self.home / "blobs").absolute():
@@ -358,7 +361,7 @@ class Store:
         if stays:
             blobs = (self.home / "blobs").absolute()
             return self._again(path, path) if path.parent.parent == blobs else self._watch(path)
-        return self._take(path, sha256 or digests.sha256(path))
+        return self._take(path, digests.sha256(path))
 
     def _again(self, blob: Path, asked: Path) -> File:
         """A blob that another artifact brought."""
@@ -457,12 +460,13 @@ def _check_name(name: str) -> None:
     assert not name.startswith("/") and ".." not in name.split("/"), name
 
 
-def _hashed(paths: list[Path]) -> dict[Path, str]:
-    """sha256 of files, several at a time: hashing lets other threads run, and one processor reads slower than a disk."""
+def _several_at_a_time(work: Callable[[Given], Made], given: Sequence[Given]) -> list[Made]:
+    """`map(work, given)`: hashing lets other threads run, one processor reads slower than a disk, and a disk syncs many files about as fast
+    as one. The first error in the order of `given` is raised when nothing is at work any more."""
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(min(HASHERS, max(1, len(paths)))) as pool:
-        return dict(zip(paths, pool.map(digests.sha256, paths), strict=True))
+    with ThreadPoolExecutor(min(AT_A_TIME, max(1, len(given)))) as pool:
+        return list(pool.map(work, given))
 
 
 def _told(holder: Path) -> str:

@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -524,6 +525,35 @@ def test_error_half_way_is_told_and_leaves_no_manifest(store: Store, monkeypatch
             build(store)
     assert store.find(KEY) is None
     assert texts(store, build(store)) == FILES
+
+
+def test_first_of_several_errors_is_told_and_nothing_is_left_running(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of the files, which are taken at the same time, fails first."""
+    files = {f"{name:02}": f"text {name}" for name in range(20)}
+    before, sync = threading.active_count(), disk.sync_file
+
+    def fails(path: Path) -> None:
+        if path.name in ("03", "04", "11"):
+            time.sleep(0.05 * (path.name == "03"))
+            raise OSError(errno.ENOSPC, "full", str(path))
+        sync(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(disk, "sync_file", fails)
+        with pytest.raises(BuildError) as caught:
+            build(store, files=files)
+    assert Path(caught.value.where).name == "03" and threading.active_count() == before
+    assert store.find(KEY) is None and not (store.home / "manifests" / f"{KEY}.json").exists()
+    assert texts(store, build(store, files=files)) == files
+
+
+def test_equal_files_of_one_step_are_one_blob(store: Store) -> None:
+    """They are taken at the same time, over a blob that was damaged."""
+    alter(store.path(build(store, files={"a": "same"}), "a"), "SAME")
+    files = {f"{name:02}": "same" for name in range(30)}
+    made = build(store, OTHER, files=files)
+    assert texts(store, made) == files and len({store.path(made, name) for name in files}) == 1
+    assert store.find(OTHER) == made
 
 
 def test_file_beside_is_removed_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
