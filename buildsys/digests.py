@@ -32,12 +32,12 @@ def sha256(path: Path) -> str:
             after = os.fstat(file.fileno())
     except OSError as error:
         raise BuildError(str(path), f"cannot be read: {error.strerror}", "check that the file is there and readable") from error
-    if _shown(before) != _shown(after):
+    if fingerprint(before) != fingerprint(after):
         raise BuildError(str(path), "changed while it was being read", "wait until the file is complete, then run the same command again")
     return found.hexdigest()
 
 
-def _shown(stat: os.stat_result) -> str:
+def fingerprint(stat: os.stat_result) -> str:
     """What stat shows of a file's content. The change time cannot be set back, so `touch -d` hides nothing."""
     return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_dev} {stat.st_ino}"
 
@@ -60,7 +60,7 @@ class Digests:
         """Digest of `path` (symlinks followed), read again only where stat shows a change, or could hide one."""
         real = Path(os.path.realpath(path))
         try:
-            shown = _shown(real.stat())
+            shown = fingerprint(real.stat())
         except OSError as error:
             raise BuildError(str(path), f"cannot be read: {error.strerror}", "check that the file is there and readable") from error
         known = self._recall(str(real), shown)

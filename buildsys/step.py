@@ -148,6 +148,10 @@ class Inputs:
         return tuple(sorted(self.files))
 
 
+def nobody_waits(path: Path) -> None:
+    """For a finished file that is hashed when all are there."""
+
+
 @dataclass(frozen=True)
 class Request:
     """A step about to run: what it is, what it reads, and the folder that its output goes to (what a killed run left is still there)."""
@@ -160,6 +164,8 @@ class Request:
     resources: Resources
     sha256: Callable[[Path], str]
     log: Path | None = None  # what a child process prints goes there
+    finished: Callable[[Path], None] = nobody_waits
+    """Told of a file of the stage that is complete and under its name, so that its digest is taken while others are made."""
 
     def read(self, role: str) -> Inputs:
         return Inputs(self.inputs[role])

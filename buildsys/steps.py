@@ -118,7 +118,8 @@ def calibrate(request: Request, progress: Progress) -> None:
 
     seen = checkpoint.load(request.read("tokens").path(TOKENS))["tokens"]
     with tensor_cores(request.resources.device):
-        observe.calibrate(float_model(request.read("source"), request), seen, request.stage, request.resources, progress)
+        model = float_model(request.read("source"), request)
+        observe.calibrate(model, seen, request.stage, request.resources, progress, request.finished)
 
 
 def quantize(request: Request, progress: Progress) -> dict[str, Any]:

@@ -38,6 +38,10 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
+def _unknown(path: Path) -> None:
+    """No digest was taken before."""
+
+
 @dataclass(frozen=True)
 class File:
     sha256: str
@@ -184,18 +188,26 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{kind}-{key[:12]}.log"
 
-    def commit(self, key: str, stage: Path, meta: Mapping[str, Any], links: Mapping[str, Path] = MappingProxyType({})) -> Artifact:
+    def commit(
+        self,
+        key: str,
+        stage: Path,
+        meta: Mapping[str, Any],
+        links: Mapping[str, Path] = MappingProxyType({}),
+        known: Callable[[Path], str | None] = _unknown,
+    ) -> Artifact:
         """Makes what lies in `stage` the artifact of `key`, and removes `stage`.
 
         A symlink in `stage`, or a file in `links`, stays where it is: one that leads to a blob of this store hands that blob on unread; any
         other becomes a blob that is a symlink to the original. Names that begin with a dot are the step's scratch, and are not kept.
+        `known` tells the digest of what a file holds now, where somebody has taken it (see hashing.py).
         """
         with self.in_use(), disk.writing(stage):
             staged = {path.relative_to(stage).as_posix(): path for path in _outputs(stage)}
             given = sorted({**staged, **links}.items())
             for name, _ in given:
                 _check_name(name)
-            made = _several_at_a_time(lambda one: self._adopt(one[1], one[0] in links), given)
+            made = _several_at_a_time(lambda one: self._adopt(one[1], one[0] in links, known), given)
             files = {name: file for (name, _), file in zip(given, made, strict=True)}
             listed = {name: {"sha256": file.sha256, "size": file.size} for name, file in files.items()}
             disk.write(self._manifest(key), canonical({"files": listed, "key": key, "meta": dict(meta)}))
@@ -352,7 +364,7 @@ class Store:
         except BuildError:
             return digests.sha256(blob)
 
-    def _adopt(self, path: Path, stays: bool) -> File:
+    def _adopt(self, path: Path, stays: bool, known: Callable[[Path], str | None]) -> File:
         if path.is_symlink():
             hop = Path(os.path.normpath(path.parent / os.readlink(path)))
             if hop.parent.parent == (self.home / "blobs").absolute():
@@ -361,7 +373,7 @@ class Store:
         if stays:
             blobs = (self.home / "blobs").absolute()
             return self._again(path, path) if path.parent.parent == blobs else self._watch(path)
-        return self._take(path, digests.sha256(path))
+        return self._take(path, known(path) or digests.sha256(path))
 
     def _again(self, blob: Path, asked: Path) -> File:
         """A blob that another artifact brought."""

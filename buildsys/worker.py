@@ -33,6 +33,7 @@ from typing import Any, Literal
 
 from buildsys import disk
 from buildsys.errors import BuildError, BuildErrors
+from buildsys.hashing import Hashing
 from buildsys.step import Request, Resources, canonical
 from buildsys.store import Store
 
@@ -104,7 +105,8 @@ def perform(job: Job, progress: Progress, waiting: Callable[[str], None], steps:
         began, at = time.monotonic(), _now()
         resources = Resources(threads=job.threads, batch=job.batch, device=device, gpus=_gpus(device))
         log = store.log(job.kind, job.key) if job.heavy else None
-        request = Request(job.kind, job.knobs, job.hints, inputs, stage, resources, store.sha256, log)
+        hashing = held.enter_context(Hashing())
+        request = Request(job.kind, job.knobs, job.hints, inputs, stage, resources, store.sha256, log, hashing.finished)
         _reset_peaks(device)
         try:
             facts: dict[str, Any] = dict(steps.run(request, progress))
@@ -120,7 +122,8 @@ def perform(job: Job, progress: Progress, waiting: Callable[[str], None], steps:
         seconds = round(time.monotonic() - began, 3)
         when = {"began": at, "ended": _now(), "seconds": seconds}
         machine = _with_tool(_machine(device), facts.pop("tool", {}))  # by now with all that the step imported
-        store.commit(job.key, stage, {**facts, "built": {**job.meta, "kind": job.kind, "title": job.title, **when, **machine}})
+        built = {**job.meta, "kind": job.kind, "title": job.title, **when, **machine}
+        store.commit(job.key, stage, {**facts, "built": built}, known=hashing.of)
     return True
 
 

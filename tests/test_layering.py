@@ -21,7 +21,7 @@ PACKAGE = ROOT / "buildsys"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "console", "measurement", "scheme", "gpus", "slots", "step"),
     ("architecture", "digests", "disk", "document", "deploy", "located", "locktext", "lockfile", "longrope", "relayout"),
-    ("store", "overlay", "locked", "footprint", "effort", "remedies"),
+    ("hashing", "store", "overlay", "locked", "footprint", "effort", "remedies"),
     ("io", "complaints"),
     ("hubs", "serving"),
     ("quant",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -168,6 +169,33 @@ def test_again_builds_what_the_store_has(workers: Workers, tmp_path: Path) -> No
 def test_perform_in_this_process(tmp_path: Path) -> None:
     asked = replace(job(tmp_path), heavy=False)
     assert perform(asked, lambda *_: None, lambda _: None, toy) and not perform(asked, lambda *_: None, lambda _: None, toy)
+
+
+def test_step_tells_of_files_that_it_has_finished(tmp_path: Path) -> None:
+    """Digests are taken beside it, and where it breaks its word the digest is of what is there."""
+
+    def steps(request: Request, _: object) -> dict[str, object]:
+        for name in ("kept", "broken"):
+            (request.stage / name).write_text(name)
+            request.finished(request.stage / name)
+        time.sleep(0.1)
+        was = (request.stage / "broken").stat()
+        (request.stage / "broken").write_text("BROKEN")
+        os.utime(request.stage / "broken", ns=(was.st_atime_ns, was.st_mtime_ns))
+        if request.knobs["name"] == "fails":
+            raise BuildError("toy.yaml:3", "toys do not float", "get a boat")
+        return {}
+
+    before, module = threading.active_count(), SimpleNamespace(run=steps)
+    asked, fails = (replace(job(tmp_path, name), heavy=False) for name in ("toy", "fails"))
+    assert perform(asked, lambda *_: None, lambda _: None, module)  # type: ignore[arg-type]
+    made = Store(tmp_path / "artifacts").find(asked.key)
+    assert made is not None
+    for name, text in (("kept", "kept"), ("broken", "BROKEN")):
+        assert made.files[name].sha256 == hashlib.sha256(text.encode()).hexdigest()
+    with pytest.raises(BuildError, match="do not float"):
+        perform(fails, lambda *_: None, lambda _: None, module)  # type: ignore[arg-type]
+    assert threading.active_count() == before
 
 
 def alive(process: psutil.Process) -> bool:

@@ -42,9 +42,10 @@ def quantize(knobs: Knobs, work: Work, progress: Progress) -> dict[str, Any]:
     from buildsys.quant.parallel import tensor_cores
 
     request, model, job = work.request, work.model, work.job
-    stats = request.read("stats")
+    stats, stage = request.read("stats"), request.stage
     seen = checkpoint.load(request.read("tokens").path("tokens.safetensors"))["tokens"] if job.sees_tokens else None
-    resumed = sum((request.stage / walk.block_name(layer)).exists() for layer in range(model.architecture.layers))
+    resumed = sum((stage / walk.block_name(layer)).exists() for layer in range(model.architecture.layers))
     with tensor_cores(request.resources.device):
-        walk.quantize(model, job, lambda layer: stats.path(walk.block_name(layer)), seen, request.stage, request.resources, progress)
-    return ({"resumed_blocks": resumed} if resumed else {}) | walk.told(request.stage)
+        of = lambda layer: stats.path(walk.block_name(layer))  # noqa: E731
+        walk.quantize(model, job, of, seen, stage, request.resources, progress, request.finished)
+    return ({"resumed_blocks": resumed} if resumed else {}) | walk.told(stage)

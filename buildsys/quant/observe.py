@@ -24,7 +24,7 @@ from buildsys.quant.block import Block, Rotary
 from buildsys.quant.model import Model
 from buildsys.quant.parallel import has_matrix_units, on_each, ordered, spread, within
 from buildsys.quant.rotary import tables
-from buildsys.step import Resources
+from buildsys.step import Resources, nobody_waits
 
 GRAM_BLOCK = 128  # input channels; the widest group size other than a whole row
 FEWEST = 1 / 16  # tokens for each input channel of an expert; below it its second moments are those of a few words, of low rank
@@ -148,8 +148,16 @@ def units(model: Model, tokens: Tensor, devices: Sequence[str]) -> list[Tensor]:
     return spread(found, devices)
 
 
-def calibrate(model: Model, tokens: Tensor, folder: Path, resources: Resources, progress: Progress) -> None:
-    """One float forward over `tokens` [windows, tokens], block by block; writes block-NNNNN.safetensors of statistics into `folder`.
+def calibrate(
+    model: Model,
+    tokens: Tensor,
+    folder: Path,
+    resources: Resources,
+    progress: Progress,
+    tell: Callable[[Path], None] = nobody_waits,
+) -> None:
+    """One float forward over `tokens` [windows, tokens], block by block; writes block-NNNNN.safetensors of statistics into `folder`,
+    and tells of each when it is there.
 
     Sums run window by window in their order, so neither threads nor batch change a bit.
     """
@@ -169,7 +177,8 @@ def calibrate(model: Model, tokens: Tensor, folder: Path, resources: Resources, 
             if name.endswith(("absmean", "gram")):
                 site = name.rpartition(".")[0]
                 total[name] /= every if site in starved else came.get(site, every)
-        save(folder / f"block-{layer:05d}.safetensors", total)
+        save(path := folder / f"block-{layer:05d}.safetensors", total)
+        tell(path)
         progress("calibrate", layer + 1, architecture.layers)
 
 

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from buildsys import disk
-from buildsys.architecture import scale_site
+from buildsys.architecture import Site, scale_site
 from buildsys.quant.block import Block
 from buildsys.quant.blocks import load_block, packed
 from buildsys.quant.model import Model
-from buildsys.quant.observe import Progress, load_stats
+from buildsys.quant.observe import Progress, SiteStats, load_stats
 from buildsys.quant.parallel import Behind, ahead, aside, beforehand, on_each
 from buildsys.quant.rounding import Job, Rounded, activations, rescale, round_block, toy
 from buildsys.quant.stream import Walk
-from buildsys.step import Resources
+from buildsys.step import Resources, nobody_waits
 
 WRITERS = 4
 """Blocks that are written at a time where one is computed faster than one thread copies it from the GPU and a disk takes it in."""
@@ -39,71 +39,120 @@ def errors_name(layer: int) -> str:
 
 
 def quantize(
-    model: Model, job: Job, stats: Callable[[int], Path], tokens: Tensor | None, folder: Path, resources: Resources, progress: Progress
-) -> None:
-    """Writes one block file and its errors for each layer into `folder`; what is already there is kept."""
-    architecture, model = model.architecture, model.at_speed()
-    left = [layer for layer in range(architecture.layers) if not (folder / block_name(layer)).exists()]  # files appear whole or not at all
-    warm = beforehand(partial(toy, job, architecture, model.dtype), resources.devices)
-    if tokens is None or not job.sees_tokens:
-        _each(model, job, stats, left, folder, resources, progress, warm)
-    elif left:
-        walk = Walk(model, tokens, resources)
-        _in_turn(walk, _Rescaled(model, job, stats, left, resources, warm), model, job, left, folder, resources, progress)
-
-
-def _each(
     model: Model,
     job: Job,
     stats: Callable[[int], Path],
-    left: Sequence[int],
+    tokens: Tensor | None,
     folder: Path,
     resources: Resources,
     progress: Progress,
-    warm: Callable[[], None],
+    tell: Callable[[Path], None] = nobody_waits,
 ) -> None:
-    """Blocks that know nothing of one another: devices share them."""
-    architecture = model.architecture
-    done = itertools.count(1 + architecture.layers - len(left))  # what devices share is done in no order
-
-    def share(device: str, places: range) -> None:
-        layers = [left[at] for at in places]
-        observed = ahead(lambda layer: load_stats(stats(layer), device), layers, device)
-        with Behind(device, WRITERS) as writer:
-            for block, seen in zip(replace(model, device=device).blocks(layers), observed, strict=True):
-                warm()
-                block, scales = rescale(block, seen, job)
-                moments = {site: seen[site].divided(scales[scale_site(site)]) for site in architecture.sites}
-                _write(writer, folder, block.layer, round_block(block, job, moments, None, (device,))[0])
-                progress("quantize", next(done), architecture.layers)
-
-    on_each(share, len(left), resources.devices)
+    """Writes one block file and its errors for each layer into `folder`, telling of each; what is already there is kept."""
+    layers, model = range(model.architecture.layers), model.at_speed()
+    left = [layer for layer in layers if not (folder / block_name(layer)).exists()]  # files appear whole or not at all
+    warm = beforehand(partial(toy, job, model.architecture, model.dtype), resources.devices)
+    work = _Work(model, job, stats, left, folder, resources, progress, tell, warm)
+    if tokens is None or not job.sees_tokens:
+        work.shared_out()
+    elif left:
+        work.in_turn(Walk(model, tokens, resources))
 
 
-def _in_turn(
-    walk: Walk,
-    rescaled: _Rescaled,
-    model: Model,
-    job: Job,
-    left: Sequence[int],
-    folder: Path,
-    resources: Resources,
-    progress: Progress,
-) -> None:
-    """Blocks that see what those before them became, and so are done one after the other."""
-    architecture = model.architecture
-    with Behind(resources.device, 1) as writer:  # a layer takes ten times as long, and a block that waits is GPU memory
-        for layer in range(left[-1] + 1):
-            if layer in left:
-                finished, rounded = _walked(rescaled, job, walk, resources)
-                _write(writer, folder, layer, rounded)
-            else:
-                finished = Block(architecture, layer, quantized_weights(folder / block_name(layer), resources.device))
-                finished = replace(finished, activations=activations(finished, job))
-            if layer < left[-1]:
-                (walk.finish if layer in left else walk.replay)(finished)
-            del finished  # a GPU holds the next one instead
-            progress("quantize", layer + 1, architecture.layers)
+@dataclass(frozen=True)
+class _Work:
+    """The blocks that are left to do, and what is asked of each."""
+
+    model: Model
+    job: Job
+    stats: Callable[[int], Path]
+    left: Sequence[int]
+    folder: Path
+    resources: Resources
+    progress: Progress
+    tell: Callable[[Path], None]
+    warm: Callable[[], None]
+
+    def shared_out(self) -> None:
+        """Blocks that know nothing of one another: devices share them."""
+        architecture = self.model.architecture
+        done = itertools.count(1 + architecture.layers - len(self.left))  # what devices share is done in no order
+
+        def share(device: str, places: range) -> None:
+            with Behind(device, WRITERS) as writer:
+                for block, seen in self.observed(device, [self.left[at] for at in places]):
+                    block, scales = rescale(block, seen, self.job)
+                    moments = {site: seen[site].divided(scales[scale_site(site)]) for site in architecture.sites}
+                    self._write(writer, block.layer, round_block(block, self.job, moments, None, (device,))[0])
+                    self.progress("quantize", next(done), architecture.layers)
+
+        on_each(share, len(self.left), self.resources.devices)
+
+    def in_turn(self, walk: Walk) -> None:
+        """Blocks that see what those before them became."""
+        architecture, home, rescaled = self.model.architecture, self.resources.device, _Rescaled(self)
+        with Behind(home, 1) as writer:  # a layer takes ten times as long, and a block that waits is GPU memory
+            for layer in range(self.left[-1] + 1):
+                if layer in self.left:
+                    finished, rounded = _walked(rescaled, self.job, walk, self.resources)
+                    self._write(writer, layer, rounded)
+                else:
+                    finished = Block(architecture, layer, quantized_weights(self.folder / block_name(layer), home))
+                    finished = replace(finished, activations=activations(finished, self.job))
+                if layer < self.left[-1]:
+                    (walk.finish if layer in self.left else walk.replay)(finished)
+                del finished  # a GPU holds the next one instead
+                self.progress("quantize", layer + 1, architecture.layers)
+
+    def observed(self, device: str, layers: Sequence[int]) -> Iterator[tuple[Block, Mapping[Site, SiteStats]]]:
+        """These blocks on a device, each with its statistics, from when the device is warm."""
+        blocks = replace(self.model, device=device).blocks(layers)
+
+        def coming() -> Block:  # which nobody here holds on to, as zip would
+            block = next(blocks)
+            self.warm()
+            return block
+
+        for seen in ahead(lambda layer: load_stats(self.stats(layer), device), layers, device):
+            yield coming(), seen
+
+    def _write(self, writer: Behind, layer: int, rounded: Rounded) -> None:
+        """Packed at once, so that the codes themselves are not kept; saved behind the computing."""
+        block = packed(rounded.linears, rounded.floats)
+        notes = json.dumps(rounded.notes, sort_keys=True, allow_nan=False).encode()
+
+        def save() -> None:
+            disk.write(self.folder / errors_name(layer), notes)
+            block.save(self.folder / block_name(layer))
+            self.tell(self.folder / block_name(layer))
+
+        writer.do(save)
+
+
+class _Rescaled:
+    """The blocks that are left in turn, each as it is and rescaled. No rescaler asks what the blocks before it became: of several GPUs the
+    last begins with the next one as soon as it may, while the first factors what only one can."""
+
+    def __init__(self, work: _Work) -> None:
+        self._home, self._there = work.resources.devices[0], work.resources.devices[-1]
+        self._job, self._left = work.job, len(work.left)
+        self._blocks = work.observed(self._there, work.left)
+        self._begun: Callable[[], tuple[Block, Block]] | None = None
+
+    def begin(self) -> None:
+        """The next one, beside what the caller does, where there is a GPU for it."""
+        if self._there != self._home and self._left and self._begun is None:
+            self._begun = aside(self._next, self._there)
+
+    def next(self) -> tuple[Block, Block]:
+        self.begin()
+        begun, self._begun = self._begun or self._next, None
+        self._left -= 1
+        return begun()
+
+    def _next(self) -> tuple[Block, Block]:
+        block, seen = next(self._blocks)
+        return block.to(self._home), rescale(block, seen, self._job)[0].to(self._home)
 
 
 def _walked(rescaled: _Rescaled, job: Job, walk: Walk, resources: Resources) -> tuple[Block, Rounded]:
@@ -115,50 +164,6 @@ def _walked(rescaled: _Rescaled, job: Job, walk: Walk, resources: Resources) -> 
     finished = replace(block, weights=weights, activations=activations(block, job))
     error = {"block_error": walk.error(finished, wanted)}
     return finished, replace(rounded, notes={**rounded.notes, block.architecture.prefix(block.layer).rstrip("."): error})
-
-
-class _Rescaled:
-    """The blocks of some layers in turn, each as it is and rescaled. No rescaler asks what the blocks before it became: of several GPUs the
-    last begins with the next one as soon as it may, while the first factors what only one can."""
-
-    def __init__(
-        self, model: Model, job: Job, stats: Callable[[int], Path], layers: Sequence[int], resources: Resources, warm: Callable[[], None]
-    ) -> None:
-        self._home, self._there = resources.devices[0], resources.devices[-1]
-        self._job, self._left, self._warm = job, len(layers), warm
-        self._blocks = replace(model, device=self._there).blocks(layers)
-        self._stats = ahead(lambda layer: load_stats(stats(layer), self._there), layers, self._there)
-        self._begun: Callable[[], tuple[Block, Block]] | None = None
-        self._aside = self._there != self._home
-
-    def begin(self) -> None:
-        """The next one, beside what the caller does, where there is a GPU for it."""
-        if self._aside and self._left and self._begun is None:
-            self._begun = aside(self._next, self._there)
-
-    def next(self) -> tuple[Block, Block]:
-        self.begin()
-        begun, self._begun = self._begun or self._next, None
-        self._left -= 1
-        return begun()
-
-    def _next(self) -> tuple[Block, Block]:
-        block = next(self._blocks)
-        self._warm()
-        rescaled, _ = rescale(block, next(self._stats), self._job)
-        return block.to(self._home), rescaled.to(self._home)
-
-
-def _write(writer: Behind, folder: Path, layer: int, rounded: Rounded) -> None:
-    """Packed at once, so that the codes themselves are not kept; saved behind the computing."""
-    block = packed(rounded.linears, rounded.floats)
-    notes = json.dumps(rounded.notes, sort_keys=True, allow_nan=False).encode()
-
-    def save() -> None:
-        disk.write(folder / errors_name(layer), notes)
-        block.save(folder / block_name(layer))
-
-    writer.do(save)
 
 
 def quantized_weights(path: Path, device: str) -> dict[str, Tensor]:
