@@ -188,7 +188,8 @@ def pack(request: Request, progress: Progress) -> None:
 
     made, source = _relaid(request), Checkpoint(request.read("source").files)
     format, device = modules("formats")[request.knobs["format"]["name"]], request.resources.device
-    writer = Writer(request.stage, packed_layout(made.architecture, format, made.schemes(schemes(request))), {}, MAX_SHARD_BYTES)
+    layout = packed_layout(made.architecture, format, made.schemes(schemes(request)))
+    writer = Writer(request.stage, layout, {}, MAX_SHARD_BYTES, request.finished)
 
     def outside(name: str, old: str) -> None:
         half = to_half(source.load(old, source.dtype(old), device), old)
@@ -204,9 +205,10 @@ def pack(request: Request, progress: Progress) -> None:
 
     around = [partial(outside, name, old) for name, old in made.outside().items()]
     work = [*around, *(partial(block, layer) for layer in range(made.old.layers))]
-    for done, _ in enumerate(through_files(lambda one: one(), work, request.resources)):
-        progress("pack", done + 1, len(work))
-    writer.close()
+    with writer:
+        for done, _ in enumerate(through_files(lambda one: one(), work, request.resources)):
+            progress("pack", done + 1, len(work))
+        writer.close()
 
 
 def _add(writer: Writer, tensors: Mapping[str, Tensor]) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from buildsys.errors import BuildError
 from buildsys.io import headers
 from buildsys.io.headers import INDEX, SINGLE, Entry
+from buildsys.step import nobody_waits
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -156,15 +158,30 @@ def _pread(file: int, into: Tensor, offset: int, where: str) -> None:  # uint8 [
         view, offset = view[count:], offset + count
 
 
+LANDING = 4
+"""Files of one model that are synced at a time: a disk takes in several faster than one after the other."""
+
+SYNC_BYTES = 128 << 20
+"""Nothing reaches a disk until it is asked for: it begins with what is there of a file while the rest is made."""
+
+
 class Writer:
     """A model's weights, written as they come: the layout is known first, so each tensor has its place before it exists.
 
-    Files appear under their names in `close`, when all is there; until then they are hidden and partial. Equal tensors give equal bytes,
-    in whatever order they were added. Tensors may be added from several threads.
+    A file appears under its name as soon as all of it is there and on the disk, and then `finished` is told of it; until then it is hidden
+    and partial. The index, without which several files are no model, comes in `close`. Equal tensors give equal bytes, in whatever order
+    they were added. Tensors may be added from several threads. As a context it leaves no thread behind.
     """
 
-    def __init__(self, folder: Path, layout: Layout, metadata: Mapping[str, str], max_shard_bytes: int) -> None:
-        self._folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        layout: Layout,
+        metadata: Mapping[str, str],
+        max_shard_bytes: int,
+        finished: Callable[[Path], None] = nobody_waits,
+    ) -> None:
+        self._folder, self._finished = folder, finished
         self._total_bytes = sum(headers.size(*held) for held in layout.values())
         groups = _shards(layout, max_shard_bytes)
         several = [f"model-{at:05}-of-{len(groups):05}.safetensors" for at in range(1, len(groups) + 1)]
@@ -178,9 +195,16 @@ class Writer:
             _start(_partial(folder / file), prefix, header.tensors.values())
         self._order = tuple(layout)
         self._left = dict(zip(self._names, map(len, groups), strict=True))  # tensors of each file that are still to come
+        self._waiting = dict.fromkeys(self._names, 0)  # bytes of each file that a disk was not told to take yet
         self._counting = threading.Lock()
-        self._syncing = ThreadPoolExecutor(1)
-        self._synced: list[Future[None]] = []
+        self._pool = ThreadPoolExecutor(LANDING, "writer")
+        self._begun: list[Future[None]] = []
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor at its place; its type and shape must be the layout's."""
@@ -191,26 +215,34 @@ class Writer:
         with self._counting:
             self._added.add(name)
             self._left[file] -= 1
-            if not self._left[file]:  # a disk takes its time: it begins with what is complete while the rest is made
-                self._synced.append(self._syncing.submit(_sync, _partial(self._folder / file)))
+            self._waiting[file] += entry.bytes
+            if not self._left[file]:
+                self._begun.append(self._pool.submit(self._land, file))
+            elif self._waiting[file] >= SYNC_BYTES:
+                self._waiting[file] = 0
+                self._begun.append(self._pool.submit(_sync_so_far, _partial(self._folder / file)))
 
     def close(self) -> list[str]:
-        """Make the files appear, durable and complete; their names, with the index last where there are several."""
+        """Wait until all files are there, durable and complete; their names, with the index last where there are several."""
         missing = [name for name in self._order if name not in self._added]
         if missing:
             raise ValueError(f"{len(missing)} tensors were never written: {', '.join(missing[:3])}")
-        self._syncing.shutdown()
-        for done in self._synced:
+        self._pool.shutdown()
+        for done in self._begun:
             done.result()
-        for file in self._names:
-            _appear(self._folder / file)
+        for file in () if self._order else self._names:  # a model without a tensor
+            self._land(file)
         if len(self._names) == 1:
             return list(self._names)
         mapped = {name: self._places[name][0] for name in self._order}
         text = json.dumps({"metadata": {"total_size": self._total_bytes}, "weight_map": mapped}, indent=2, sort_keys=True) + "\n"
         _partial(self._folder / INDEX).write_text(text)
-        _appear(self._folder / INDEX)
+        self._land(INDEX)
         return [*self._names, INDEX]
+
+    def _land(self, file: str) -> None:
+        _appear(self._folder / file)
+        self._finished(self._folder / file)
 
 
 def _shards(layout: Layout, max_shard_bytes: int) -> list[list[str]]:
@@ -287,6 +319,12 @@ def _appear(path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _sync_so_far(partial: Path) -> None:
+    """A file that grows; one that has appeared meanwhile was synced as a whole."""
+    with suppress(FileNotFoundError):
+        _sync(partial)
 
 
 def _sync(path: Path) -> None:

@@ -7,6 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -216,6 +219,67 @@ def test_shards_hold_what_was_added_in_any_order(max_shard_bytes: int, tmp_path:
         assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
         index = json.loads((tmp_path / "x" / INDEX).read_text())
         assert index["metadata"]["total_size"] == 8 + 24 + 4 + 1 and index["weight_map"].keys() == LAYOUT.keys()
+
+
+def waited(said: Callable[[], bool]) -> bool:
+    until = time.monotonic() + 10
+    while not said() and time.monotonic() < until:
+        time.sleep(0.005)
+    return said()
+
+
+def test_a_shard_appears_when_its_last_tensor_has_come(tmp_path: Path) -> None:
+    """Whole, and told of once; the index last."""
+    told: dict[str, bytes] = {}
+
+    def finished(path: Path) -> None:
+        assert path.name not in told
+        told[path.name] = path.read_bytes()
+
+    files = [f"model-0000{at}-of-00003.safetensors" for at in (1, 2, 3)]
+    with Writer(tmp_path, LAYOUT, {}, 10, finished) as writer:
+        for name, there in (("b", [1]), ("a", [0, 1]), ("d", [0, 1]), ("e", [0, 1]), ("c", [0, 1, 2])):
+            writer.add(name, HELD[name])
+            wanted = {files[at] for at in there}
+            assert waited(lambda wanted=wanted: told.keys() == wanted), name
+            assert {path.name for path in tmp_path.glob("model*")} == wanted
+        names = writer.close()
+    assert list(told)[-1] == INDEX == names[-1] and set(told) == set(names)
+    assert told == {name: (tmp_path / name).read_bytes() for name in names}
+
+
+def test_a_growing_shard_is_synced_before_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each so many bytes, also where it appears meanwhile; what goes wrong there is told at the end."""
+    synced: list[str] = []
+    sync = checkpoint._sync
+    monkeypatch.setattr(checkpoint, "SYNC_BYTES", 8)
+    monkeypatch.setattr(checkpoint, "_sync", lambda path: (synced.append(path.name), sync(path))[1])
+    assert written(tmp_path / "x", "abcde", 1000) == [SINGLE]
+    assert synced.count(f".{SINGLE}.partial") == 3, "8 and 24 bytes, and the whole"
+    (tmp_path / "y").mkdir()
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(checkpoint, "_sync_so_far", full)
+    with pytest.raises(OSError, match="No space left"):
+        written(tmp_path / "y", "abcde", 1000)
+
+
+def test_a_writer_leaves_no_thread_behind(tmp_path: Path) -> None:
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="a format broke"), Writer(tmp_path, LAYOUT, {}, 10) as writer:
+        writer.add("a", HELD["a"])
+        writer.add("b", HELD["b"])
+        raise ValueError("a format broke")
+    assert threading.active_count() == before and not (tmp_path / INDEX).exists()
+
+
+def test_a_model_without_a_tensor_is_one_file(tmp_path: Path) -> None:
+    told: list[str] = []
+    with Writer(tmp_path, {}, {}, 10, lambda path: told.append(path.name)) as writer:
+        assert writer.close() == [SINGLE] == told
+    assert library.load_file(tmp_path / SINGLE) == {}
 
 
 def test_shards_keep_their_bound(tmp_path: Path) -> None:
