@@ -134,9 +134,15 @@ class Session:
 
     def open(self, names: Iterable[str]) -> None:
         """Plans recipes that will be built; gc is held off until `end`."""
+        names = list(names)
         self._held.enter_context(self.store.in_use())
-        _ = self._signer  # a key that cannot sign is refused now, and not when all is built
-        self.plan(names)
+        with ExitStack() as failing:
+            failing.callback(self._workers.end)
+            if any(self.store.linked(name) is None for name in names):  # never built, so something heavy will run: it starts meanwhile
+                self._workers.warm()
+            _ = self._signer  # a key that cannot sign is refused now, and not when all is built
+            self.plan(names)
+            failing.pop_all()
 
     def plan(self, names: Iterable[str]) -> None:
         """Plans every recipe before any step runs, so that a mistake in the last one costs seconds."""
@@ -181,7 +187,8 @@ class Session:
         return walk(plan.artifact, *(step for _, step in plan.measures))
 
     def look(self) -> None:
-        """Finds what is there, and warms up a child process where one will be needed."""
+        """Finds what is there, and warms up a child process, and a GPU, where one will be needed."""
+        heavy: list[Step] = []
         for name in self.plans:
             steps = self.steps(name)
             found = self.store.walk(steps)
@@ -193,7 +200,11 @@ class Session:
                 if "backend" in step.knobs:  # another tool: that it is not here is told now, and not when all before it is built
                     modules("backends")[step.knobs["backend"]["name"]].ready(step.hints["where"])
                 if step.heavy:
+                    heavy.append(step)
                     self._workers.warm()
+        first = next((step for step in heavy if step.computes), None)
+        if first is not None and not first.engine and self.settings.device != "cpu":  # an engine has the GPU for itself
+            self._workers.warm(gpu=True)
 
     def key(self, step: Step) -> str:
         """The real key, once what the step needs is built."""

@@ -24,18 +24,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from buildsys import disk
 from buildsys.errors import BuildError, BuildErrors
 from buildsys.hashing import Hashing
 from buildsys.step import Request, Resources, canonical
 from buildsys.store import Store
+from buildsys.waking import wake_gpu
+
+if TYPE_CHECKING:
+    from queue import SimpleQueue
 
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 Device = Literal["auto", "cpu", "cuda"]
@@ -55,6 +59,7 @@ ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "2",
     # Sizes of blocks differ by much: a GPU's memory would end up in pieces, and twice of what is in use would be reserved.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    "CUDA_MODULE_LOADING": "LAZY",  # torch says so too, but we may be the first to speak to the driver
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "PYTHONUNBUFFERED": "1",  # a killed step's log ends where the step did
@@ -280,11 +285,14 @@ class Workers:
         self._all: list[Worker] = []
         self._ended = False
 
-    def warm(self) -> None:
-        """A heavy step will come: start a child now, so that it has imported torch by then."""
+    def warm(self, gpu: bool = False) -> None:
+        """A heavy step will come: start a child now, so that it has imported torch by then. `gpu`: the step computes on one where there is
+        one, so that it is woken too; not where somebody has it, whose memory may be measured."""
         with self._lock:
             if not self._all and not self._ended:
                 self._idle.append(self._start())
+            if gpu and self._idle and not (self._home / "locks" / "gpu.holder").exists():
+                self._idle[0].wake()
 
     def run(self, job: Job, log: Path, progress: Progress, waiting: Callable[[str], None]) -> bool:
         """`perform` in a child. An error of the step is a BuildError; the end of the child is one too, with its likely reason."""
@@ -343,13 +351,20 @@ class Worker:
                     start_new_session=True,
                     env=_environment(),
                 )
-        self._channel = near
+        self._channel, self._woke = near, False
         self._answers = near.makefile("rb")
         self._log = home / "logs" / "worker.log"
 
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
+
+    def wake(self) -> None:
+        """Once: makes a GPU ready for the step that comes, while the child still imports."""
+        if not self._woke:
+            self._woke = True
+            with suppress(BrokenPipeError, ConnectionResetError):  # it has ended: told when it is to run something
+                self._channel.sendall(b'{"wake": "gpu"}\n')
 
     def run(self, job: Job, log: Path, progress: Progress, waiting: Callable[[str], None]) -> bool:
         said = self._log  # where its last words are
@@ -422,24 +437,43 @@ def _last_line(log: Path) -> str:
 
 
 def main(arguments: list[str]) -> None:
+    from queue import SimpleQueue
+
     threading.Thread(target=_die_with_driver, daemon=True).start()
     channel = socket.socket(fileno=int(arguments[0]))
     channel.set_inheritable(False)
+    asked: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+    threading.Thread(target=_listen, args=(channel, asked), daemon=True).start()
     steps = _load(arguments[1])
-    for line in channel.makefile("rb"):
-        asked = json.loads(line)
-        job = Job(**asked["job"])
-        _answer(channel, _serve(job, Path(asked["log"]), channel, steps))
+    while (one := asked.get()) is not None:
+        _answer(channel, _serve(Job(**one["job"]), Path(one["log"]), channel, steps))
         gc.collect()  # the next step begins with this one's memory free
 
 
-def _load(name: str) -> ModuleType:
-    """Imports what every heavy step needs, before the first one is asked for."""
-    if name == STEPS:
-        import torch
+def _listen(channel: socket.socket, asked: SimpleQueue[dict[str, Any] | None]) -> None:
+    """Hands jobs on; wakes a GPU at once, while the main thread still imports torch."""
+    for line in channel.makefile("rb"):
+        said = json.loads(line)
+        if "wake" in said:
+            wake_gpu()
+        else:
+            asked.put(said)
+    asked.put(None)
 
-        torch.set_num_threads(1)
-    return importlib.import_module(name)
+
+def _load(name: str) -> ModuleType:
+    """Imports what every heavy step needs, before the first one is asked for. What imports make lives as long as this process: looking
+    through it for garbage takes a tenth of their time, and then some of each search that follows."""
+    gc.disable()
+    try:
+        if name == STEPS:
+            import torch
+
+            torch.set_num_threads(1)
+        return importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _serve(job: Job, log: Path, channel: socket.socket, steps: ModuleType) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A build system over toy steps, for tests of what runs steps: `toy.install()` in a dodo.py, or `python toy.py COMMAND`.
 
-A toy recipe is JSON: {"steps": {name: {"kind", "knobs", "needs": {role: name}, "after": [name], "heavy"}}, "artifact": name,
-"measures": {check: name}, "limits": {check: largest bytes}, "publish": {"directory": path}}.
+A toy recipe is JSON: {"steps": {name: {"kind", "knobs", "needs": {role: name}, "after": [name], "heavy", "computes", "engine"}},
+"artifact": name, "measures": {check: name}, "limits": {check: largest bytes}, "publish": {"directory": path}}.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def plan(recipe: Any, store: Any, *more: Any) -> Any:
         after = tuple(made[other] for other in said.get("after", []))
         clocked = tuple(knobs.get("files", ["out.txt"])) if knobs.get("clocked") else ()
         heavy, version = said.get("heavy", False), said.get("version", 1)
-        made[name] = Step(said.get("kind", "make"), name, version, knobs, needs, after, heavy, clocked=clocked, resumes=True)
+        uses = {use: said.get(use, False) for use in ("computes", "engine")}
+        made[name] = Step(said.get("kind", "make"), name, version, knobs, needs, after, heavy, clocked=clocked, resumes=True, **uses)
     measures = tuple((check, made[name]) for check, name in graph.get("measures", {}).items())
     artifact = made[graph["artifact"]]
     return SimpleNamespace(
