@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
+from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
@@ -109,8 +110,45 @@ def through_files(work: Callable[[Unit], Result], units: Iterable[Unit], resourc
     copies take the time; on a CPU, where each would only be held in memory longer, one."""
     if resources.device == "cpu":
         yield from map(work, units)
-    else:
-        yield from _pooled(work, units, FILES_AT_ONCE, FILES_AT_ONCE)
+        return
+    streams = _Streams(resources.device, FILES_AT_ONCE)
+
+    def apart(unit: Unit) -> Result:
+        with streams.own():
+            return work(unit)
+
+    yield from _pooled(apart, units, FILES_AT_ONCE, FILES_AT_ONCE)
+
+
+class _Streams:
+    """Streams of a GPU for work beside that of its default one, whose copies would wait there for everything that was launched before.
+    Without a GPU, as threads are tested, there are none."""
+
+    def __init__(self, device: str, count: int) -> None:
+        self._device = device if torch.cuda.is_available() else "cpu"
+        self._free: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
+        for _ in range(count if self._device != "cpu" else 0):
+            self._free.put(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
+    def launched(self) -> torch.cuda.Event | None:
+        """When what this thread has launched until now is done."""
+        return torch.cuda.current_stream(self._device).record_event() if self._device != "cpu" else None
+
+    @contextmanager
+    def own(self, after: torch.cuda.Event | None = None) -> Iterator[None]:
+        """Work of this thread on a stream that nobody else has, after `after`; done at the end."""
+        if self._device == "cpu":
+            yield
+            return
+        stream = self._free.get()
+        try:
+            with torch.cuda.stream(stream):
+                if after is not None:
+                    stream.wait_event(after)
+                yield
+                stream.synchronize()
+        finally:
+            self._free.put(stream)
 
 
 AHEAD = 4
@@ -176,6 +214,7 @@ class Behind:
     def __init__(self, device: str, writers: int) -> None:
         self._writers = writers
         self._pool = ThreadPoolExecutor(writers) if device != "cpu" else None
+        self._streams = _Streams(device, writers)
         self._begun: deque[Future[None]] = deque()
 
     def __enter__(self) -> Behind:
@@ -188,7 +227,13 @@ class Behind:
             return
         while len(self._begun) >= self._writers or (self._begun and self._begun[0].done()):
             self._begun.popleft().result()
-        self._begun.append(self._pool.submit(work))
+        made = self._streams.launched()
+
+        def apart() -> None:
+            with self._streams.own(made):
+                work()
+
+        self._begun.append(self._pool.submit(apart))
 
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
         if self._pool is not None:
