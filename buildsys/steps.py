@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["Request", "Resources", "run"]
 
 Progress = Callable[[str, int, int], None]
-MAX_SHARD_BYTES = 1 << 30  # several files are hashed, sent and read at a time
+SHARDS = 16  # files of a large model, about: several are hashed, sent and read at a time, and the last one is waited for
+SHARD_BYTES = (256 << 20, 4 << 30)  # the least and the most of one
 TOKENS, GENERATIONS, GENERATION = "tokens.safetensors", "generations.json", "generation_config.json"
 CHOSEN, COSTS = "schemes.json", "bits.json"
 
@@ -189,7 +190,7 @@ def pack(request: Request, progress: Progress) -> None:
     made, source = _relaid(request), Checkpoint(request.read("source").files)
     format, device = modules("formats")[request.knobs["format"]["name"]], request.resources.device
     layout = packed_layout(made.architecture, format, made.schemes(schemes(request)))
-    writer = Writer(request.stage, layout, {}, MAX_SHARD_BYTES, request.finished)
+    writer = Writer(request.stage, layout, {}, _shard_bytes(layout), request.finished)
 
     def outside(name: str, old: str) -> None:
         half = to_half(source.load(old, source.dtype(old), device), old)
@@ -209,6 +210,14 @@ def pack(request: Request, progress: Progress) -> None:
         for done, _ in enumerate(through_files(lambda one: one(), work, request.resources)):
             progress("pack", done + 1, len(work))
         writer.close()
+
+
+def _shard_bytes(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """The most that one file of the model holds, but for a tensor that is larger."""
+    from buildsys.io import headers
+
+    least, most = SHARD_BYTES
+    return min(max(sum(headers.size(*held) for held in layout.values()) // SHARDS, least), most)
 
 
 def _add(writer: Writer, tensors: Mapping[str, Tensor]) -> None:

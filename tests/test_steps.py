@@ -309,3 +309,9 @@ def test_quantize_says_which_blocks_it_found(done: Any, tmp_path: Path) -> None:
     meta = steps.run(Request(step.kind, step.knobs, step.hints, given[step.planned_key], tmp_path, Resources(), store.sha256), quiet)
     assert meta == {"resumed_blocks": 1, "block_errors": finished.meta["block_errors"]}
     assert {path.name: digests.sha256(path) for path in tmp_path.iterdir()} == {name: file.sha256 for name, file in finished.files.items()}
+
+
+@pytest.mark.parametrize(("gib", "wanted_mib"), [(0.1, 256), (4, 256), (5, 320), (40, 2560), (400, 4096)])
+def test_a_large_model_is_packed_into_some_sixteen_files(gib: float, wanted_mib: int) -> None:
+    layout = {str(at): ("U8", (int(gib * 2**20),)) for at in range(1024)}
+    assert steps._shard_bytes(layout) == wanted_mib << 20

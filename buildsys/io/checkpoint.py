@@ -158,7 +158,7 @@ def _pread(file: int, into: Tensor, offset: int, where: str) -> None:  # uint8 [
         view, offset = view[count:], offset + count
 
 
-LANDING = 4
+SYNCING = 4
 """Files of one model that are synced at a time: a disk takes in several faster than one after the other."""
 
 SYNC_BYTES = 128 << 20
@@ -168,9 +168,9 @@ SYNC_BYTES = 128 << 20
 class Writer:
     """A model's weights, written as they come: the layout is known first, so each tensor has its place before it exists.
 
-    A file appears under its name as soon as all of it is there and on the disk, and then `finished` is told of it; until then it is hidden
-    and partial. The index, without which several files are no model, comes in `close`. Equal tensors give equal bytes, in whatever order
-    they were added. Tensors may be added from several threads. As a context it leaves no thread behind.
+    A file appears under its name as soon as all of it is there, and then `finished` is told of it; until then it is hidden and partial. In
+    `close` all of them have reached the disk, and the index comes, without which several files are no model. Equal tensors give equal
+    bytes, in whatever order they were added. Tensors may be added from several threads. As a context it leaves no thread behind.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Writer:
         self._left = dict(zip(self._names, map(len, groups), strict=True))  # tensors of each file that are still to come
         self._waiting = dict.fromkeys(self._names, 0)  # bytes of each file that a disk was not told to take yet
         self._counting = threading.Lock()
-        self._pool = ThreadPoolExecutor(LANDING, "writer")
+        self._pool = ThreadPoolExecutor(SYNCING, "writer")
         self._begun: list[Future[None]] = []
 
     def __enter__(self) -> Writer:
@@ -217,7 +217,7 @@ class Writer:
             self._left[file] -= 1
             self._waiting[file] += entry.bytes
             if not self._left[file]:
-                self._begun.append(self._pool.submit(self._land, file))
+                self._show(file)
             elif self._waiting[file] >= SYNC_BYTES:
                 self._waiting[file] = 0
                 self._begun.append(self._pool.submit(_sync_so_far, _partial(self._folder / file)))
@@ -227,22 +227,28 @@ class Writer:
         missing = [name for name in self._order if name not in self._added]
         if missing:
             raise ValueError(f"{len(missing)} tensors were never written: {', '.join(missing[:3])}")
+        for file in () if self._order else self._names:  # a model without a tensor
+            self._show(file)
+        if len(self._names) > 1:
+            mapped = {name: self._places[name][0] for name in self._order}
+            text = json.dumps({"metadata": {"total_size": self._total_bytes}, "weight_map": mapped}, indent=2, sort_keys=True) + "\n"
+            _partial(self._folder / INDEX).write_text(text)
         self._pool.shutdown()
         for done in self._begun:
             done.result()
-        for file in () if self._order else self._names:  # a model without a tensor
-            self._land(file)
-        if len(self._names) == 1:
-            return list(self._names)
-        mapped = {name: self._places[name][0] for name in self._order}
-        text = json.dumps({"metadata": {"total_size": self._total_bytes}, "weight_map": mapped}, indent=2, sort_keys=True) + "\n"
-        _partial(self._folder / INDEX).write_text(text)
-        self._land(INDEX)
-        return [*self._names, INDEX]
+        if len(self._names) > 1:
+            _appear(self._folder / INDEX)
+            self._finished(self._folder / INDEX)
+            return [*self._names, INDEX]
+        _sync(self._folder)
+        return list(self._names)
 
-    def _land(self, file: str) -> None:
-        _appear(self._folder / file)
-        self._finished(self._folder / file)
+    def _show(self, file: str) -> None:
+        """Whoever wants its bytes has them while a disk takes them in."""
+        path = self._folder / file
+        _partial(path).replace(path)
+        self._finished(path)
+        self._begun.append(self._pool.submit(_sync, path))
 
 
 def _shards(layout: Layout, max_shard_bytes: int) -> list[list[str]]:
@@ -260,13 +266,18 @@ def _shards(layout: Layout, max_shard_bytes: int) -> list[list[str]]:
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """One file, whole or not at all; equal tensors give equal bytes. The inverse of `load`."""
+    write(path, tensors, metadata)()
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Callable[[], None]:
+    """The part of `save` that needs the tensors; the answer does the rest, which waits for a disk."""
     layout = {name: (NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in sorted(tensors)}
     prefix, header = headers.encode(layout, metadata or {})
     partial = _partial(path)
     _start(partial, prefix, header.tensors.values())
     for name, entry in header.tensors.items():
         _write_tensor(partial, name, entry, tensors[name])
-    _appear(path)
+    return lambda: _appear(path)
 
 
 def load(path: Path, device: str = "cpu") -> dict[str, Tensor]:
@@ -314,11 +325,7 @@ def _appear(path: Path) -> None:
     partial = _partial(path)
     _sync(partial)
     partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    _sync(path.parent)
 
 
 def _sync_so_far(partial: Path) -> None:
@@ -328,5 +335,9 @@ def _sync_so_far(partial: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """A file, or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

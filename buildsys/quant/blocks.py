@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +30,9 @@ class Packed:
     tensors: Mapping[str, Tensor]
     notes: Mapping[str, str]
 
-    def save(self, path: Path) -> None:
-        """Whole or not at all."""
-        checkpoint.save(path, self.tensors, self.notes)
+    def write(self, path: Path) -> Callable[[], None]:
+        """The file is there, whole, when the answer was called, which needs the block no more."""
+        return checkpoint.write(path, self.tensors, self.notes)
 
 
 def packed(linears: Mapping[str, QuantizedLinear], floats: Mapping[str, Tensor]) -> Packed:
@@ -50,7 +50,7 @@ def packed(linears: Mapping[str, QuantizedLinear], floats: Mapping[str, Tensor])
 
 def save_block(path: Path, linears: Mapping[str, QuantizedLinear], floats: Mapping[str, Tensor]) -> None:
     """Write a block, whole or not at all."""
-    packed(linears, floats).save(path)
+    packed(linears, floats).write(path)()
 
 
 def load_block(path: Path, device: str = "cpu") -> tuple[dict[str, QuantizedLinear], dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from buildsys.architecture import Architecture
 from buildsys.io.checkpoint import Checkpoint
 from buildsys.quant.block import Block, rms_norm
 from buildsys.quant.linear import QuantizedLinear
-from buildsys.quant.parallel import ahead, has_matrix_units
+from buildsys.quant.parallel import has_matrix_units, parts_ahead
 from buildsys.scheme import Activations, Scheme, Schemes
 
 KEEP_BYTES = 5 << 30  # of hidden states that may stay on a GPU: 128 windows of 2,048 tokens of a model 4,096 wide take 4 GiB
@@ -33,7 +34,6 @@ class Model:
     schemes: Schemes | None = None  # of a packed model's linears
     keep_kv: Callable[[Tensor], Tensor] | None = None
     dtype: torch.dtype = torch.float32  # of a block's weights, and so of its products
-    pinned: bool = False  # on a host: blocks as a GPU copies them, which whoever copies them looks through for NaN and Inf
 
     def at_speed(self) -> Model:
         """The same model as its engine will compute it: on a GPU in the half-precision type that its weights are stored in, with sums in
@@ -43,16 +43,21 @@ class Model:
         half = stored in (torch.float16, torch.bfloat16) if self.device != "cpu" else stored == torch.bfloat16 and has_matrix_units()
         return replace(self, dtype=stored) if half else self
 
-    def blocks(self, layers: Iterable[int]) -> Iterator[Block]:
-        """These blocks in turn. While a GPU computes with one, the next is on its way there and those after it are read into pinned host
-        memory; NaN and Inf are looked for on the GPU."""
+    def blocks(self, layers: Iterable[int], alone: bool = False) -> Iterator[Block]:
+        """These blocks of a float model in turn. While a GPU computes with one, the next is on its way there, unless a block is to be
+        `alone` there, and those after it are read into pinned host memory; NaN and Inf are looked for on the GPU."""
         if self.device == "cpu":
             yield from map(self.block, layers)
             return
-        host = replace(self, device="cpu", pinned=True)
-        yield from map(
-            self._finite, _uploaded(ahead(host.block, layers, self.device), self.device)
-        )  # which holds no block once it is given
+        there = (block.to(self.device) for block in self._read(layers)) if alone else _uploaded(self._read(layers), self.device)
+        yield from map(self._finite, there)  # which holds no block once it is given
+
+    def _read(self, layers: Iterable[int]) -> Iterator[Block]:
+        a, names = self.architecture, list(self.architecture.block_tensors())
+        layers, asked = itertools.tee(layers)
+        parts = ([a.prefix(layer) + name for name in names] for layer in asked)
+        for tensors in parts_ahead(lambda name: self.checkpoint.load(name, self.dtype, pinned=True), parts):
+            yield Block(a, next(layers), dict(zip(names, tensors, strict=True)), self.keep_kv)
 
     def _finite(self, block: Block) -> Block:
         named = {self.architecture.prefix(block.layer) + name: tensor for name, tensor in block.weights.items()}
@@ -71,7 +76,7 @@ class Model:
                 rounded |= {linear.name: scheme.activations} if scheme.activations != "none" else {}
         for name in self.architecture.block_tensors():
             if name not in weights:
-                weights[name] = self.checkpoint.load(prefix + name, self.dtype, self.device, pinned=self.pinned)
+                weights[name] = self.checkpoint.load(prefix + name, self.dtype, self.device)
         return Block(self.architecture, layer, weights, self.keep_kv, rounded)
 
     def linear(self, name: str) -> QuantizedLinear:

@@ -162,6 +162,27 @@ def ahead(work: Callable[[Unit], Result], units: Iterable[Unit], device: str, at
         yield from _pooled(work, units, at_once, at_once + 1)
 
 
+BLOCKS_AHEAD = 2
+
+
+def parts_ahead(work: Callable[[Unit], Result], groups: Iterable[Sequence[Unit]]) -> Iterator[list[Result]]:
+    """`map(work, group)` of each group, of which BLOCKS_AHEAD are begun before they are asked for: AHEAD threads share the first one's
+    parts before those of the next, so that it is there as soon as may be."""
+    with ThreadPoolExecutor(AHEAD) as pool:
+        waiting: deque[list[Future[Result]]] = deque()
+        try:
+            for group in groups:
+                waiting.append([pool.submit(work, part) for part in group])
+                if len(waiting) > BLOCKS_AHEAD:
+                    yield [part.result() for part in waiting.popleft()]
+            while waiting:
+                yield [part.result() for part in waiting.popleft()]
+        finally:
+            for begun in waiting:
+                for part in begun:
+                    part.cancel()
+
+
 def _pooled(work: Callable[[Unit], Result], units: Iterable[Unit], threads: int, at_most: int) -> Iterator[Result]:
     """Results in the order of the units, of which `at_most` are begun and not yet handed back."""
     with ThreadPoolExecutor(threads) as pool:
@@ -205,38 +226,49 @@ def has_matrix_units() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
+SETTLING, UNSETTLED = 4, 16
+
+
 class Behind:
-    """`writers` pieces of work at a time beside the caller's own, in no order: what is finished is written while a GPU computes the next,
-    and one file is copied while a disk takes in another. Each holds its block on the GPU until it is written. On a CPU, which would only do
-    two things by halves and hold both in memory, at once.
+    """What is finished goes to the disk while a GPU computes the next, in no order: `writers` pieces at a time are copied to the host, each
+    of which holds its block on the GPU until then. What is left to do of each, for which no GPU is needed, SETTLING more threads do, since
+    a disk takes in several files faster than one after the other. On a CPU, which would only do two things by halves and hold both in
+    memory, all is done at once.
     """
 
     def __init__(self, device: str, writers: int) -> None:
-        self._writers = writers
-        self._pool = ThreadPoolExecutor(writers) if device != "cpu" else None
+        self._on_gpu, self._writers = device != "cpu", writers
+        self._copies, self._rest = ThreadPoolExecutor(writers), ThreadPoolExecutor(SETTLING)  # no thread before there is work for it
         self._streams = _Streams(device, writers)
-        self._begun: deque[Future[None]] = deque()
+        self._copying: deque[Future[Future[None]]] = deque()
+        self._settling: deque[Future[None]] = deque()
 
     def __enter__(self) -> Behind:
         return self
 
-    def do(self, work: Callable[[], None]) -> None:
-        """Begins `work` when fewer than `writers` pieces are at work; what an earlier one raised is raised here, or at the end."""
-        if self._pool is None:
-            work()
+    def do(self, work: Callable[[], Callable[[], None]]) -> None:
+        """Begins `work`, which copies and hands back what is left, when fewer than `writers` pieces are being copied; what an earlier one
+        raised is raised here, or at the end."""
+        if not self._on_gpu:
+            work()()
             return
-        while len(self._begun) >= self._writers or (self._begun and self._begun[0].done()):
-            self._begun.popleft().result()
+        while len(self._copying) >= self._writers or (self._copying and self._copying[0].done()):
+            self._settling.append(self._copying.popleft().result())
+        while len(self._settling) >= UNSETTLED or (self._settling and self._settling[0].done()):
+            self._settling.popleft().result()
         made = self._streams.launched()
 
-        def apart() -> None:
+        def apart() -> Future[None]:
             with self._streams.own(made):
-                work()
+                rest = work()
+            return self._rest.submit(rest)
 
-        self._begun.append(self._pool.submit(apart))
+        self._copying.append(self._copies.submit(apart))
 
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=failed is not None)
-        while self._begun and failed is None:
-            self._begun.popleft().result()
+        for pool in (self._copies, self._rest):
+            pool.shutdown(cancel_futures=failed is not None)
+        while self._copying and failed is None:
+            self._settling.append(self._copying.popleft().result())
+        while self._settling and failed is None:
+            self._settling.popleft().result()

@@ -104,9 +104,9 @@ class _Work:
                 del finished  # a GPU holds the next one instead
                 self.progress("quantize", layer + 1, architecture.layers)
 
-    def observed(self, device: str, layers: Sequence[int]) -> Iterator[tuple[Block, Mapping[Site, SiteStats]]]:
+    def observed(self, device: str, layers: Sequence[int], alone: bool = False) -> Iterator[tuple[Block, Mapping[Site, SiteStats]]]:
         """These blocks on a device, each with its statistics, from when the device is warm."""
-        blocks = replace(self.model, device=device).blocks(layers)
+        blocks = replace(self.model, device=device).blocks(layers, alone)
 
         def coming() -> Block:  # which nobody here holds on to, as zip would
             block = next(blocks)
@@ -121,12 +121,12 @@ class _Work:
         block = packed(rounded.linears, rounded.floats)
         notes = json.dumps(rounded.notes, sort_keys=True, allow_nan=False).encode()
 
-        def save() -> None:
+        def settle(appear: Callable[[], None]) -> None:
             disk.write(self.folder / errors_name(layer), notes)
-            block.save(self.folder / block_name(layer))
+            appear()
             self.tell(self.folder / block_name(layer))
 
-        writer.do(save)
+        writer.do(lambda: partial(settle, block.write(self.folder / block_name(layer))))
 
 
 class _Rescaled:
@@ -136,7 +136,7 @@ class _Rescaled:
     def __init__(self, work: _Work) -> None:
         self._home, self._there = work.resources.devices[0], work.resources.devices[-1]
         self._job, self._left = work.job, len(work.left)
-        self._blocks = work.observed(self._there, work.left)
+        self._blocks = work.observed(self._there, work.left, alone=True)  # the walk needs the room, and takes long enough
         self._begun: Callable[[], tuple[Block, Block]] | None = None
 
     def begin(self) -> None:

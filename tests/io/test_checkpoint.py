@@ -229,7 +229,7 @@ def waited(said: Callable[[], bool]) -> bool:
 
 
 def test_a_shard_appears_when_its_last_tensor_has_come(tmp_path: Path) -> None:
-    """Whole, and told of once; the index last."""
+    """Whole, and told of once, while a disk takes it in; the index last."""
     told: dict[str, bytes] = {}
 
     def finished(path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_growing_shard_is_synced_before_it_is_complete(tmp_path: Path, monkeyp
     monkeypatch.setattr(checkpoint, "SYNC_BYTES", 8)
     monkeypatch.setattr(checkpoint, "_sync", lambda path: (synced.append(path.name), sync(path))[1])
     assert written(tmp_path / "x", "abcde", 1000) == [SINGLE]
-    assert synced.count(f".{SINGLE}.partial") == 3, "8 and 24 bytes, and the whole"
+    assert (synced.count(f".{SINGLE}.partial"), synced.count(SINGLE), synced[-1]) == (2, 1, "x"), "8 and 24 bytes, the whole, its name"
     (tmp_path / "y").mkdir()
 
     def full(path: Path) -> None:

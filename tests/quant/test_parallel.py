@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 
-from buildsys.quant.parallel import AHEAD, Behind, ahead, has_matrix_units, ordered, tensor_cores
+from buildsys.quant.parallel import AHEAD, BLOCKS_AHEAD, Behind, ahead, has_matrix_units, ordered, parts_ahead, tensor_cores
 from buildsys.step import Resources
 
 RESOURCES = [Resources(threads, batch) for threads in (1, 2, 5) for batch in (1, 8)]
@@ -83,7 +84,7 @@ def test_behind_does_everything_and_waits_at_the_end(device: str) -> None:
     done: list[int] = []
     with Behind(device, 2) as behind:
         for number in range(20):
-            behind.do(lambda number=number: done.append(number))
+            behind.do(lambda number=number: partial(done.append, number))
     assert sorted(done) == list(range(20))
 
 
@@ -92,14 +93,15 @@ def test_what_fails_behind_is_raised_in_front(device: str) -> None:
     def fail() -> None:
         raise OSError("the disk is full")
 
-    with pytest.raises(OSError, match="full"), Behind(device, 2) as behind:
-        behind.do(fail)
-    with pytest.raises(OSError, match="full"), Behind(device, 2) as behind:
-        behind.do(fail)
-        behind.do(lambda: None)
-    with pytest.raises(ValueError, match="first"), Behind("cuda", 2) as behind:
-        behind.do(fail)
-        raise ValueError("first")
+    for work in (fail, lambda: fail):  # while it is copied, and when it settles
+        with pytest.raises(OSError, match="full"), Behind(device, 2) as behind:
+            behind.do(work)
+        with pytest.raises(OSError, match="full"), Behind(device, 2) as behind:
+            behind.do(work)
+            behind.do(lambda: lambda: None)
+        with pytest.raises(ValueError, match="first"), Behind("cuda", 2) as behind:
+            behind.do(work)
+            raise ValueError("first")
 
 
 @pytest.mark.parametrize(("device", "begun"), [("cpu", 1), ("cuda", AHEAD + 1)])
@@ -119,19 +121,63 @@ def test_a_gpu_s_next_units_are_begun_before_they_are_asked_for(device: str, beg
 def test_behind_has_as_many_things_at_work_as_it_was_told_and_no_more(writers: int) -> None:
     go, begun, done = threading.Event(), threading.Semaphore(0), list[int]()
 
-    def work(number: int) -> None:
+    def work(number: int) -> Callable[[], None]:
         begun.release()
         go.wait(5)
-        done.append(number)
+        return partial(done.append, number)
 
     with Behind("cuda", writers) as behind:
         for number in range(writers):
             behind.do(partial(work, number))
         assert all(begun.acquire(timeout=5) for _ in range(writers)) and done == [], "all are at work, and the caller goes on"
         threading.Timer(0.05, go.set).start()
-        behind.do(lambda: done.append(writers))
-        assert 0 in done, "the next one waited for the first"
+        behind.do(lambda: partial(done.append, writers))
+        assert go.is_set(), "the next one waited for the first"
     assert sorted(done) == list(range(writers + 1))
+
+
+def test_what_settles_keeps_nobody_from_copying() -> None:
+    go, copied = threading.Event(), threading.Semaphore(0)
+
+    def settle() -> None:
+        go.wait(5)
+
+    def work() -> Callable[[], None]:
+        copied.release()
+        return settle
+
+    with Behind("cuda", 1) as behind:
+        for _ in range(8):
+            behind.do(work)
+        assert all(copied.acquire(timeout=5) for _ in range(8)) and not go.is_set()
+        go.set()
+
+
+def test_parts_of_the_next_groups_are_begun_and_results_stay_together() -> None:
+    began: list[int] = []
+    results = parts_ahead(lambda part: (began.append(part), -part)[1], ([3 * at, 3 * at + 1, 3 * at + 2] for at in range(8)))
+    assert next(results) == [0, -1, -2]
+    for _ in range(500):
+        if len(began) == 3 * (BLOCKS_AHEAD + 1):
+            break
+        time.sleep(0.01)
+    assert sorted(began) == list(range(3 * (BLOCKS_AHEAD + 1)))
+    assert list(results) == [[-3 * at, -3 * at - 1, -3 * at - 2] for at in range(1, 8)]
+
+
+def test_a_part_that_fails_is_told_of_and_the_rest_is_left() -> None:
+    before = threading.active_count()
+
+    def work(part: int) -> int:
+        if part == 4:
+            raise OSError("gone")
+        return part
+
+    results = parts_ahead(work, ([2 * at, 2 * at + 1] for at in range(100)))
+    assert [next(results), next(results)] == [[0, 1], [2, 3]]
+    with pytest.raises(OSError, match="gone"):
+        next(results)
+    assert threading.active_count() == before
 
 
 def test_products_are_rounded_where_a_cpu_gains_by_it_and_exact_again_afterwards() -> None:
