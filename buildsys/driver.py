@@ -29,7 +29,8 @@ from buildsys.publishers import Progress, Receipt, Release
 from buildsys.slots import modules
 from buildsys.step import Step, digest, walk
 from buildsys.store import Artifact, Store
-from buildsys.worker import STEPS, Device, Job, Workers, perform
+from buildsys.worker import STEPS, Device, Job, perform
+from buildsys.workers import Worker, Workers
 
 if TYPE_CHECKING:
     from buildsys.finder import Finder
@@ -112,7 +113,16 @@ class Outcome:
 class Session:
     """The plans of the recipes asked for, and what is known and built of their steps so far."""
 
-    def __init__(self, workspace: Workspace, store: Store, settings: Settings, console: Console, steps: str = STEPS) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        store: Store,
+        settings: Settings,
+        console: Console,
+        steps: str = STEPS,
+        begun: Worker | None = None,
+    ) -> None:
+        """`begun`: a child process that is there already."""
         gc.set_threshold(OBJECTS, *gc.get_threshold()[1:])
         atexit.register(gc.freeze)  # Python's last search for cycles would find nothing either: half a second over 1,000 recipes
         self.workspace, self.store, self.settings, self.console = workspace, store, settings, console
@@ -130,7 +140,7 @@ class Session:
         self._began = time.monotonic()
         self._lock = threading.RLock()
         self._held = ExitStack()
-        self._workers = Workers(store.home, steps)
+        self._workers = Workers(store.home, steps, begun)
 
     def open(self, names: Iterable[str]) -> None:
         """Plans recipes that will be built; gc is held off until `end`."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
+from buildsys import early
 from buildsys.console import Console
 from buildsys.driver import Session, Settings
 from buildsys.errors import BuildError
@@ -108,7 +109,7 @@ class Run:
             if name not in VARIABLES:
                 raise _unknown_variable(name)
             self.line.check(name)
-        self.session = Session(self.workspace, self.store, Settings.read(self.line.said), self.console)
+        self.session = Session(self.workspace, self.store, Settings.read(self.line.said), self.console, begun=early.CHILD)
 
     def asked(self, task: str, variable: str = "recipe") -> list[str]:
         """Recipes of `recipe=`, or of `recipes=`, which has to be there."""

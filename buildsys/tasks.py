@@ -15,6 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from buildsys import early  # noqa: F401  first of all: it begins what can begin while the rest is imported
+
+# isort: split
 from doit.exceptions import TaskFailed
 
 from buildsys import actions, disk, pages

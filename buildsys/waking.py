@@ -11,19 +11,31 @@ from pathlib import Path
 DRIVER = "libcuda.so.1"
 
 
-def wake_gpu() -> None:
-    """The first GPU that this process may use. Nothing where torch has no use for one, or something fails: torch tells later what it is."""
+def wake_gpu() -> bool:
+    """The first GPU that this process may use; whether there is one. Where torch has no use for it, or something fails, nothing happens:
+    torch tells later what it is."""
     if not _torch_computes_there():
-        return
+        return False
     import ctypes
 
     try:
         cuda = ctypes.CDLL(DRIVER)
     except OSError:
-        return
+        return False
     device, context = ctypes.c_int(), ctypes.c_void_p()
-    if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0:
-        cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+    if cuda.cuInit(0) != 0 or cuda.cuDeviceGet(ctypes.byref(device), 0) != 0:
+        return False
+    return bool(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0)
+
+
+def wake_triton() -> None:
+    """Its names for what it has compiled hold a digest of its own files: a quarter of a second that lets other threads run. After torch was
+    imported, since each of the two may import the other."""
+    try:
+        from triton.runtime.cache import triton_key
+    except ImportError:  # there is none, or one that keeps it elsewhere and is asked with its first kernel
+        return
+    triton_key()
 
 
 def _torch_computes_there() -> bool:

@@ -17,15 +17,13 @@ import platform
 import resource
 import shutil
 import signal
-import site
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -36,7 +34,7 @@ from buildsys.errors import BuildError, BuildErrors
 from buildsys.hashing import Hashing
 from buildsys.step import Request, Resources, canonical
 from buildsys.store import Store
-from buildsys.waking import wake_gpu
+from buildsys.waking import wake_gpu, wake_triton
 
 if TYPE_CHECKING:
     from queue import SimpleQueue
@@ -272,167 +270,6 @@ def _device(job: Job) -> Literal["cpu", "cuda"]:
     return "cpu"
 
 
-# The driver's side
-
-
-class Workers:
-    """Child processes for heavy steps: as many as run at one time, each kept for the steps that follow (importing torch costs seconds)."""
-
-    def __init__(self, home: Path, steps: str = STEPS) -> None:
-        self._home, self._steps = home, steps
-        self._lock = threading.RLock()  # Ctrl-C calls `end` in the thread that may hold it
-        self._idle: list[Worker] = []
-        self._all: list[Worker] = []
-        self._ended = False
-
-    def warm(self, gpu: bool = False) -> None:
-        """A heavy step will come: start a child now, so that it has imported torch by then. `gpu`: the step computes on one where there is
-        one, so that it is woken too; not where somebody has it, whose memory may be measured."""
-        with self._lock:
-            if not self._all and not self._ended:
-                self._idle.append(self._start())
-            if gpu and self._idle and not (self._home / "locks" / "gpu.holder").exists():
-                self._idle[0].wake()
-
-    def run(self, job: Job, log: Path, progress: Progress, waiting: Callable[[str], None]) -> bool:
-        """`perform` in a child. An error of the step is a BuildError; the end of the child is one too, with its likely reason."""
-        with self._lock:
-            if self._ended:
-                raise BuildError(job.name, "did not run: the build was interrupted", "run the same command again")
-            worker = next((worker for worker in self._idle if worker.alive), None)
-            if worker is None:
-                worker = self._start()
-            else:
-                self._idle.remove(worker)
-        done = False
-        try:
-            built = worker.run(job, log, progress, waiting)
-            done = True
-        except BuildError:
-            done = worker.alive
-            raise
-        finally:
-            with self._lock:
-                if done:
-                    self._idle.append(worker)
-                else:
-                    self._all.remove(worker)
-            if not done:
-                worker.kill()
-        return built
-
-    def end(self) -> None:
-        """No child survives this."""
-        with self._lock:
-            self._ended = True
-            for worker in self._all:
-                worker.kill()
-
-    def _start(self) -> Worker:
-        worker = Worker(self._home, self._steps)
-        self._all.append(worker)
-        return worker
-
-
-class Worker:
-    """One child process, in a session and process group of its own."""
-
-    def __init__(self, home: Path, steps: str) -> None:
-        near, far = socket.socketpair()
-        with disk.writing(home), far:
-            (home / "logs").mkdir(parents=True, exist_ok=True)
-            with (home / "logs" / "worker.log").open("ab") as log:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "buildsys.worker", str(far.fileno()), steps],
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=[far.fileno()],
-                    start_new_session=True,
-                    env=_environment(),
-                )
-        self._channel, self._woke = near, False
-        self._answers = near.makefile("rb")
-        self._log = home / "logs" / "worker.log"
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
-    def wake(self) -> None:
-        """Once: makes a GPU ready for the step that comes, while the child still imports."""
-        if not self._woke:
-            self._woke = True
-            with suppress(BrokenPipeError, ConnectionResetError):  # it has ended: told when it is to run something
-                self._channel.sendall(b'{"wake": "gpu"}\n')
-
-    def run(self, job: Job, log: Path, progress: Progress, waiting: Callable[[str], None]) -> bool:
-        said = self._log  # where its last words are
-        try:
-            self._channel.sendall(json.dumps({"job": asdict(job), "log": str(log)}).encode() + b"\n")
-            for line in self._answers:
-                answer = json.loads(line)
-                if "began" in answer:
-                    said = log
-                elif "progress" in answer:
-                    progress(*answer["progress"])
-                elif "waiting" in answer:
-                    waiting(answer["waiting"])
-                elif "errors" in answer:
-                    raise _error(answer["errors"])
-                else:
-                    return bool(answer["built"])
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # it has ended: told below
-        raise _ended(job, said, self._process)
-
-    def kill(self) -> None:
-        """The child and whatever it started."""
-        if self._process.poll() is None:
-            try:
-                os.killpg(self._process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # it ended by itself meanwhile
-        self._process.wait()
-
-
-def _environment() -> dict[str, str]:
-    """The child's environment; it imports the buildsys that its driver has, also where that is not installed."""
-    root = str(Path(__file__).resolve().parent.parent)
-    environment = {**os.environ, **ENVIRONMENT}
-    if root not in (*site.getsitepackages(), site.getusersitepackages()):
-        # Parts of the path that only the driver has (a test's folder) come too.
-        environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return environment
-
-
-def _error(parts: list[list[str]]) -> BuildError:
-    errors = [BuildError(*three) for three in parts]
-    return errors[0] if len(errors) == 1 else BuildErrors(errors)
-
-
-def _ended(job: Job, log: Path, process: subprocess.Popen[bytes]) -> BuildError:
-    """Why a child ended in the middle of a step, as far as its exit status and its log tell."""
-    status = process.wait()
-    if status == -signal.SIGKILL:
-        what = "was killed from outside, most likely because the machine's memory ran out"
-        fix = f"give it more memory, or run with batch=1 threads=1; what it had finished is kept (its log: {log})"
-        return BuildError(job.name, what, fix)
-    if status < 0:
-        what = f"crashed with {signal.Signals(-status).name}"
-    else:
-        what = f"internal error: {_last_line(log)}"
-    return BuildError(job.name, what, f"this is a bug in buildsys: please report it with {log}; what the step had finished is kept")
-
-
-def _last_line(log: Path) -> str:
-    try:
-        lines = log.read_text(errors="replace").split("\n")
-    except OSError:
-        return "its log cannot be read"
-    return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
-
-
 # The child's side
 
 
@@ -443,25 +280,32 @@ def main(arguments: list[str]) -> None:
     channel = socket.socket(fileno=int(arguments[0]))
     channel.set_inheritable(False)
     asked: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
-    threading.Thread(target=_listen, args=(channel, asked), daemon=True).start()
-    steps = _load(arguments[1])
+    imported = threading.Event()
+    threading.Thread(target=_listen, args=(channel, asked, imported), daemon=True).start()
+    steps = _load(arguments[1], imported)
     while (one := asked.get()) is not None:
         _answer(channel, _serve(Job(**one["job"]), Path(one["log"]), channel, steps))
         gc.collect()  # the next step begins with this one's memory free
 
 
-def _listen(channel: socket.socket, asked: SimpleQueue[dict[str, Any] | None]) -> None:
+def _listen(channel: socket.socket, asked: SimpleQueue[dict[str, Any] | None], imported: threading.Event) -> None:
     """Hands jobs on; wakes a GPU at once, while the main thread still imports torch."""
     for line in channel.makefile("rb"):
         said = json.loads(line)
         if "wake" in said:
-            wake_gpu()
+            threading.Thread(target=_wake, args=(imported,), daemon=True).start()
         else:
             asked.put(said)
     asked.put(None)
 
 
-def _load(name: str) -> ModuleType:
+def _wake(imported: threading.Event) -> None:
+    if wake_gpu():
+        imported.wait()
+        wake_triton()
+
+
+def _load(name: str, imported: threading.Event) -> ModuleType:
     """Imports what every heavy step needs, before the first one is asked for. What imports make lives as long as this process: looking
     through it for garbage takes a tenth of their time, and then some of each search that follows."""
     gc.disable()
@@ -470,6 +314,7 @@ def _load(name: str) -> ModuleType:
             import torch
 
             torch.set_num_threads(1)
+            imported.set()
         return importlib.import_module(name)
     finally:
         gc.freeze()

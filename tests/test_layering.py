@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipe", "survey"),
     ("linears", "deployment", "misfits"),
     ("workspace", "finder", "graph", "history", "plan"),
-    ("recipe_schema", "outlook", "verdict", "trials", "steps", "worker"),
+    ("recipe_schema", "outlook", "verdict", "trials", "steps", "worker", "workers", "early"),
     ("release",),
     ("lock", "toolchain", "locking"),
     ("causes", "unequal", "reference"),

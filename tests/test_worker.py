@@ -23,7 +23,8 @@ from buildsys import worker
 from buildsys.errors import BuildError
 from buildsys.step import Request, digest
 from buildsys.store import Store
-from buildsys.worker import Job, Workers, perform
+from buildsys.worker import Job, perform
+from buildsys.workers import Workers
 
 HERE = Path(__file__).parent
 Progress = list[tuple[str, int, int]]
@@ -209,7 +210,8 @@ DRIVER = """
     import sys
     from pathlib import Path
     from buildsys.step import Request, digest
-    from buildsys.worker import Job, Workers
+    from buildsys.worker import Job
+    from buildsys.workers import Workers
     knobs = {"name": "toy", "sleep_s": float(sys.argv[2]), "fault": sys.argv[3]}
     root = Path(sys.argv[1])
     job = Job("make", "toy", digest(knobs), knobs, {}, {}, str(root), heavy=True, device="cpu")

@@ -226,7 +226,7 @@ def has_matrix_units() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
-SETTLING, UNSETTLED = 4, 16
+SETTLING, UNSETTLED = 8, 16
 
 
 class Behind:
