@@ -113,7 +113,14 @@ class Squares:
         if part is not self._total:
             self._total += part
 
+    def take(self, other: Squares) -> None:
+        """Adds what another device has summed: the half that was computed, a strip at a time."""
+        for start in range(0, len(self._total), self._strip):
+            part = other._total[start : start + self._strip, start:]
+            self._total[start : start + self._strip, start:] += part.to(self._total.device)
+
     def sum(self) -> Tensor:
+        """Once all is added."""
         return _mirrored(self._total, self._strip)
 
 

@@ -5,7 +5,7 @@ Several GPUs share the windows; each has its part from beginning to end, and wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,9 +82,8 @@ class Walk:
             return self._expert(block, site, expert)
         kept: list[Tensor | None] = [None] * len(self._hidden)
 
-        def share(device: str, windows: Sequence[int]) -> Tensor:
+        def share(device: str, windows: Sequence[int]) -> Squares:
             there = self._there(block, device, BEFORE[site])
-
             squares = Squares(self._architecture.width(site), device)
 
             def read(part: Sequence[int]) -> Tensor:
@@ -100,7 +99,7 @@ class Walk:
 
             for part in ordered(read, squares.parts(windows), self._within(site)):
                 squares.add(part)
-            return squares.sum()
+            return squares
 
         if site == "o_in":
             self._attended = []
@@ -122,7 +121,7 @@ class Walk:
         width, sent = self._architecture.width(site), sum(len(window[expert]) for window in self._routed)
         everyone, block = few(sent, width), block.alone(expert)
 
-        def share(device: str, windows: Sequence[int]) -> Tensor:
+        def share(device: str, windows: Sequence[int]) -> Squares:
             there, squares = block.to(self._dtype).to(device), Squares(width, device)
 
             def read(part: Sequence[int]) -> Tensor:
@@ -136,7 +135,7 @@ class Walk:
             reached = [at for at in windows if everyone or len(self._routed[at][expert])]
             for part in ordered(read, squares.parts(reached), self._within(site)):
                 squares.add(part)
-            return squares.sum()
+            return squares
 
         return Moments(self._together(share, width).div_(self._tokens if everyone else sent), sent)
 
@@ -199,18 +198,17 @@ class Walk:
     def _within(self, site: Site) -> Resources:
         return within(self._resources, 4 * self._architecture.width(site) ** 2)
 
-    def _together(self, share: Callable[[str, Sequence[int]], Tensor], width: int) -> Tensor:
+    def _together(self, share: Callable[[str, Sequence[int]], Squares], width: int) -> Tensor:
         """The sum of all devices' shares [width, width], in their order, on the first."""
         if self._resources.device != "cpu" and 4 * width * width >= LARGE_BYTES:
             # What smaller tensors left in pieces holds no matrix of this size, and would be kept beside it. Nobody computes meanwhile.
             for device in self._resources.devices:
                 torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
-        totals: Iterable[Tensor] = on_each(share, len(self._hidden), self._resources.devices)
-        total, *others = totals
+        total, *others = on_each(share, len(self._hidden), self._resources.devices)
         for other in others:
-            total += other.to(total.device)
-        return total
+            total.take(other)
+        return total.sum()
 
     def _site(self, block: Block, site: Site, at: int, device: str) -> tuple[Tensor, Tensor]:
         """What one window reads at `site`, and what later sites need of it."""

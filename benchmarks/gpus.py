@@ -1,0 +1,83 @@
+"""The quantize step of a 7B shape on one GPU and on several of one host: seconds, as ratios in one run.
+
+    python benchmarks/gpus.py [--layers 32 --samples 128 --seqlen 2048] [--gpus 2]
+
+Weights are random (time does not depend on them). Every number comes out of `doit build` in a temporary workspace: AWQ + GPTQ, W4A16 g128,
+with CUDA_VISIBLE_DEVICES showing one GPU and then several, each in a process of its own; a build of two layers before them compiles the
+kernels. Exit 1 where the step on two GPUs takes more than 1/1.7 of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+from speed import LINE, make_model, make_text
+
+LIMIT = 1.7
+
+
+def main() -> None:
+    said = arguments()
+    with tempfile.TemporaryDirectory(dir=said.folder) as folder:
+        root = Path(folder)
+        make_text(root / "recipes")
+        (root / "dodo.py").write_text("from buildsys.tasks import *\n")
+        for name, layers in (("small", 2), ("whole", said.layers)):
+            make_model(root / name, said, layers)
+            (root / "recipes" / f"{name}.yaml").write_text(yaml.safe_dump(recipe(name, said), sort_keys=False))
+        for gpus in (said.gpus, 1):
+            build(root, "small", gpus)
+        alone = build(root, "whole", 1)
+        together = build(root, "whole", said.gpus)
+        ratios = {kind: alone[kind] / together[kind] for kind in ("calibrate", "quantize")}
+        print(f"{said.gpus} GPUs: " + ", ".join(f"{kind} {ratio:.2f} x as fast as one" for kind, ratio in ratios.items()))
+        if said.gpus == 2 and ratios["quantize"] < LIMIT:
+            raise SystemExit(f"the limit is {LIMIT}")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("layers", 32), ("hidden", 4096), ("inner", 14336), ("heads", 32), ("kv-heads", 8), ("vocab", 92544)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--folder", default=None, help="where to work: a disk with room for the model twice")
+    return parser.parse_args()
+
+
+def recipe(name: str, said: argparse.Namespace) -> dict[str, object]:
+    return {
+        "schema": 1,
+        "source": {"local": {"path": f"../{name}"}},
+        "calibration": {"dataset": {"text_files": {"paths": ["calibration.txt"]}}, "samples": said.samples, "seqlen": said.seqlen},
+        "quantization": {"bits": 4, "group_size": 128, "method": ["awq", "gptq"]},
+        "format": "awq",
+    }
+
+
+def build(root: Path, name: str, gpus: int) -> dict[str, float]:
+    """A clean build, and the seconds of its steps."""
+    shutil.rmtree(root / "artifacts", ignore_errors=True)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
+    ran = subprocess.run(
+        [sys.executable, "-m", "doit", "build", f"recipe={name}", "device=cuda"], cwd=root, env=environment, text=True, capture_output=True
+    )
+    if ran.returncode:
+        raise SystemExit(ran.stdout + ran.stderr)
+    took = {kind: 60 * int(minutes or 0) + float(seconds) for state, kind, minutes, seconds in LINE.findall(ran.stdout) if state == "built"}
+    shown = ", ".join(f"{kind} {seconds:.1f} s" for kind, seconds in took.items())
+    print(f"{name:5} {gpus} GPU{'s' if gpus > 1 else ''}: {shown}", flush=True)
+    return took
+
+
+if __name__ == "__main__":
+    main()
