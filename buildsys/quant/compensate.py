@@ -75,8 +75,8 @@ def unit_factor(gram: Tensor, damping: float, order: Tensor) -> tuple[Tensor, Te
 
 
 def factor(h: Tensor, block: int) -> bool:
-    """R of H = R^T R, upper triangular, in the place of `h` [in, in]: of a wide layer every copy counts. False, and `h` is of no use, where H
-    is not positive definite.
+    """R of H = R^T R, upper triangular, in the place of `h` [in, in]: of a wide layer every copy counts. False, and `h` is of no use, where
+    H is not positive definite.
 
     By blocks of so many rows (Golub and Van Loan, Matrix Computations, section 4.2), whose products tensor cores take."""
     failed = torch.zeros((), dtype=torch.int32, device=h.device)
