@@ -117,7 +117,7 @@ def _weigh(
                 weight, seen = block.weights[f"{linear.name}.weight"], stats[linear.site]
                 grid = least_error(weight, scheme, seen.gram.diagonal(dim1=1, dim2=2).flatten()[: linear.in_features])
                 rounded = grid.dequantize(grid.round(weight))
-                error += gram_norm(rounded - weight, seen) * (1.0 if seen.sent is None else seen.sent)
+                error += float(gram_norm(rounded - weight, seen)) * (1.0 if seen.sent is None else seen.sent)
                 if scheme == schemes[0]:
                     least[f"{linear.name}.weight"] = rounded
             errors.append(error)

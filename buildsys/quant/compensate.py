@@ -19,7 +19,6 @@ from buildsys.quant.grid import Grid
 
 BLOCK = 128  # columns whose errors are applied together
 STRIP = 32  # of them, those that a CPU applies one by one
-WIDE = 2048  # rows of H that a GPU factors at a time
 ROWS = 1024  # of a matrix that are put in another order at a time
 
 
@@ -63,55 +62,17 @@ def unit_factor(gram: Tensor, damping: float, order: Tensor) -> tuple[Tensor, Te
     if not bool(torch.isfinite(torch.stack(torch.aminmax(gram))).all()):  # no damping mends it
         fix = "look whether the model computes in float32 at all; skip this layer"
         raise BuildError("quantize", "activations of the calibration text are NaN or infinite", fix)
-    diagonal = gram.diagonal()[order]
+    diagonal, failed = gram.diagonal()[order], torch.empty((), dtype=torch.int32, device=gram.device)
     mean = diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
     while True:
         added = torch.where(diagonal > 0, damping * mean, mean)  # a channel never seen is rounded to nearest
         h = _ordered(gram, order)
         h.diagonal().add_(added)
-        if factor(h, WIDE if h.is_cuda else len(h)):
+        # In place: of a wide layer every copy counts. Factors are kept column by column, which of a symmetric matrix is its transpose.
+        torch.linalg.cholesky_ex(h.t(), out=(h.t(), failed))
+        if not failed:
             return h.div_(h.diagonal().clone()[:, None]), added, damping
         damping *= 10
-
-
-def factor(h: Tensor, block: int) -> bool:
-    """R of H = R^T R, upper triangular, in the place of `h` [in, in]: of a wide layer every copy counts. False, and `h` is of no use, where
-    H is not positive definite.
-
-    By blocks of so many rows (Golub and Van Loan, Matrix Computations, section 4.2), whose products tensor cores take."""
-    failed = torch.zeros((), dtype=torch.int32, device=h.device)
-    if block >= len(h):  # in libraries factors stand column by column, which of a symmetric matrix is its transpose
-        torch.linalg.cholesky_ex(h.t(), out=(h.t(), failed))
-        return not failed
-    for start in range(0, len(h), block):
-        rows, rest = slice(start, start + block), slice(start + block, len(h))
-        corner, info = torch.linalg.cholesky_ex(h[rows, rows], upper=True)
-        failed += info.abs()
-        h[rows, rows] = corner
-        if rest.start < len(h):
-            panel = torch.linalg.solve_triangular(corner.t(), h[rows, rest], upper=False)
-            h[rows, rest] = panel
-            _subtract_squares(h[rest, rest], panel, block)
-    h.triu_()
-    return not failed
-
-
-def _subtract_squares(h: Tensor, panel: Tensor, strip: int) -> None:
-    """h -= panel^T panel on and above the diagonal, with each factor in two parts, so that a tensor core's short mantissas lose nothing
-    that float32 would keep: the product of the two small parts is below that."""
-    parts = _parts(panel)
-    for start in range(0, len(h), strip):
-        into = h[start : start + strip, start:]
-        for left, right in ((0, 0), (0, 1), (1, 0)):
-            into.addmm_(parts[left][:, start : start + strip].t(), parts[right][:, start:], alpha=-1)
-
-
-def _parts(panel: Tensor) -> tuple[Tensor, Tensor]:
-    """What TF32 holds of it, and the rest."""
-    if panel.dtype != torch.float32:  # no tensor core rounds it
-        return panel, torch.zeros_like(panel)
-    large = (panel.view(torch.int32) & ~0x1FFF).view(torch.float32)
-    return large, panel - large
 
 
 def _ordered(gram: Tensor, order: Tensor) -> Tensor:

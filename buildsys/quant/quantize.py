@@ -130,13 +130,14 @@ class _Work:
 
 
 class _Rescaled:
-    """The blocks that are left in turn, each as it is and rescaled. No rescaler asks what the blocks before it became: of several GPUs the
-    last begins with the next one as soon as it may, while the first factors what only one can."""
+    """The blocks that are left in turn: each as it is, wherever that may be, and rescaled, where the walk is. No rescaler asks what the
+    blocks before it became: of several GPUs the last begins with the next one while the first factors what only one can."""
 
     def __init__(self, work: _Work) -> None:
         self._home, self._there = work.resources.devices[0], work.resources.devices[-1]
         self._job, self._left = work.job, len(work.left)
-        self._blocks = work.observed(self._there, work.left, alone=True)  # the walk needs the room, and takes long enough
+        alone = self._there == self._home  # where the walk needs the room, and takes long enough
+        self._blocks = work.observed(self._there, work.left, alone)
         self._begun: Callable[[], tuple[Block, Block]] | None = None
 
     def begin(self) -> None:
@@ -148,11 +149,12 @@ class _Rescaled:
         self.begin()
         begun, self._begun = self._begun or self._next, None
         self._left -= 1
-        return begun()
+        source, rescaled = begun()
+        return source, rescaled.to(self._home)
 
     def _next(self) -> tuple[Block, Block]:
         block, seen = next(self._blocks)
-        return block.to(self._home), rescale(block, seen, self._job)[0].to(self._home)
+        return block, rescale(block, seen, self._job)[0]
 
 
 def _walked(rescaled: _Rescaled, job: Job, walk: Walk, resources: Resources) -> tuple[Block, Rounded]:

@@ -106,7 +106,8 @@ def round_block(
     block = block.with_weights({name: tensor.float() for name, tensor in floats.items()})
     block = replace(block, activations=activations(block, job))
     linears: dict[str, QuantizedLinear] = {}
-    notes: dict[str, Mapping[str, float]] = {}
+    notes: dict[str, dict[str, float]] = {}
+    norms: list[Tensor] = []
     for site in architecture.sites:
         moments = stats[site] if walk is None else walk.gram(block, site)
         gram = moments.matrix if isinstance(moments, Moments) else moments
@@ -114,8 +115,11 @@ def round_block(
             meanwhile()
         for linear, made in _round_site(block, _rounded_at(block, site, job), gram, job, devices):
             notes[prefix + linear.name] = {**made.notes, **_sent(moments.sent, linear)}
+            norms.append(made.norms)
             linears[linear.name] = made.linear
             block = block.with_weights({f"{linear.name}.weight": made.weight})
+    for noted, (off, of) in zip(notes.values(), torch.stack(norms).tolist() if norms else (), strict=True):  # a GPU is waited for once
+        noted["error"] = off / max(of, 1e-30)
     return Rounded(linears, floats, notes), dict(block.weights)
 
 
@@ -144,11 +148,13 @@ def _rounded_at(block: Block, site: Site, job: Job) -> list[tuple[Linear, Scheme
 
 @dataclass(frozen=True)
 class _Made:
-    """A rounded linear, what it stands for (float32 [out, in]), and what is told of it."""
+    """A rounded linear, what it stands for (float32 [out, in]), what is told of it, and the squared error of its outputs and their square
+    (float32 [2])."""
 
     linear: QuantizedLinear
     weight: Tensor
     notes: Mapping[str, float]
+    norms: Tensor
 
 
 def _round_site(
@@ -165,21 +171,20 @@ def _round_site(
         stacked = torch.cat([block.weights[f"{linear.name}.weight"].float() for linear in linears])
         found: Rounding = method.module.round_weights(stacked, gram, scheme, method.knobs, devices)
         sizes, rounded = [linear.out_features for linear in linears], found.linear.dequantize()
-        errors = _relative_errors(stacked, found, rounded, sizes, gram)
+        norms = _norms(stacked, found, rounded, sizes, gram)
         parts = zip(*(torch.split(part, sizes) for part in (found.linear.codes, found.linear.scale, found.linear.zero)), strict=True)
-        for linear, (codes, scale, zero), weight, error in zip(linears, parts, torch.split(rounded, sizes), errors, strict=True):
-            codes_of_it = QuantizedLinear(codes.contiguous(), scale.contiguous(), zero.contiguous(), scheme)
-            yield linear, _Made(codes_of_it, weight, {"error": error, **found.notes})
+        for linear, (codes, scale, zero), weight, both in zip(linears, parts, torch.split(rounded, sizes), norms, strict=True):
+            made = QuantizedLinear(codes.contiguous(), scale.contiguous(), zero.contiguous(), scheme)
+            yield linear, _Made(made, weight, found.notes, both)
 
 
-def _relative_errors(weight: Tensor, made: Rounding, rounded: Tensor, sizes: list[int], gram: Tensor | SiteStats) -> list[float]:
-    """Of each of the linears stacked in `weight` [out, in] the squared error of its outputs as a share of their square."""
+def _norms(weight: Tensor, made: Rounding, rounded: Tensor, sizes: list[int], gram: Tensor | SiteStats) -> list[Tensor]:
+    """Of each of the linears stacked in `weight` [out, in] the squared error of its outputs and their square, [2]."""
     if isinstance(gram, SiteStats):
         pairs = zip(torch.split(rounded, sizes), torch.split(weight, sizes), strict=True)
-        return [gram_norm(after - before, gram) / max(gram_norm(before, gram), 1e-30) for after, before in pairs]
+        return [torch.stack([gram_norm(after - before, gram), gram_norm(before, gram)]) for after, before in pairs]
     norms = made.norms if made.norms is not None else output_norms(weight, rounded, gram)
-    sums = torch.stack([part.sum(1) for part in torch.split(norms, sizes, 1)]).tolist()
-    return [off / max(of, 1e-30) for off, of in sums]
+    return [part.sum(1) for part in torch.split(norms, sizes, 1)]
 
 
 def toy(job: Job, a: Architecture, dtype: torch.dtype, device: str) -> None:

@@ -18,11 +18,11 @@ OUTPUTS = 4096  # whose norms are weighed at a time: the product is as large as 
 ROWS, CHANNELS = 256, 512  # outputs and inputs of the tile that a core keeps in its own cache while it tries every candidate
 
 
-def gram_norm(error: Tensor, stats: SiteStats) -> float:  # [out, in] -> mean over tokens of ||E x||^2
+def gram_norm(error: Tensor, stats: SiteStats) -> Tensor:  # [out, in] -> 0-dim: mean over tokens of ||E x||^2
     """tr(E G E^T) over the kept blocks of G."""
     padded = torch.nn.functional.pad(error, (0, -error.shape[1] % GRAM_BLOCK))
     blocks = torch.unflatten(padded, 1, (-1, GRAM_BLOCK)).transpose(0, 1)  # [blocks, out, 128]
-    return float(((blocks @ stats.gram) * blocks).sum())
+    return ((blocks @ stats.gram) * blocks).sum()
 
 
 def output_norms(weight: Tensor, rounded: Tensor, gram: Tensor) -> Tensor:  # [out, in], [out, in], [in, in] -> [2, out]
@@ -80,4 +80,4 @@ def _tile_errors(weight: Tensor, gram: Tensor, scales: Tensor, scheme: Scheme) -
 def rounding_error(weight: Tensor, stats: SiteStats, scale: Tensor, scheme: Scheme) -> float:
     """The same of one `weight` [out, in] and one `scale` [in], written as it is meant: what `rounding_errors` is held to."""
     grid = min_max(weight * scale, scheme)
-    return gram_norm(grid.dequantize(grid.round(weight * scale)) / scale - weight, stats)
+    return float(gram_norm(grid.dequantize(grid.round(weight * scale)) / scale - weight, stats))

@@ -20,8 +20,9 @@ from buildsys.quant.rotary import tables
 from buildsys.step import Resources
 
 LARGE_BYTES = 256 << 20
-ERROR_WINDOWS = 2  # that a finished block is compared with its source on
+ERROR_TOKENS = 1024  # about, in whole windows, that a finished block is compared with its source on
 KEEP_BYTES = 1 << 30  # of what down_proj reads, from its own question until the block is finished; of more, as `_keeps` says
+ROOM = 4  # that share of a GPU's free memory may be used to save time
 
 
 MLP: tuple[Role, ...] = ("gate", "up", "gate_up", "down")
@@ -54,24 +55,25 @@ class Walk:
         self._hidden = units(model, tokens, resources.devices)
         self._attended: list[Tensor] = []  # windows x [tokens, heads * head_dim], between o_in and mlp_in
         self._inner: list[Tensor | None] = []  # windows x [tokens, intermediate], from down_in on, of those for which there is room
-        home = self._hidden[0].device.type != "cpu"
-        self._elsewhere = sum(h.nbytes for h in self._hidden) * (len(resources.devices) - 1) // len(resources.devices) if home else 0
+        self._room = {device: _room(device) for device in resources.devices}
         self._routed: list[list[Tensor]] = []  # windows x experts x [sent]: which tokens, from a mixture's first site on
         self._tokens = tokens.numel()
 
     def answers(self, source: Block) -> list[tuple[Tensor, Tensor]]:
-        """A few windows that enter the block, on the first device, and what the source's block makes of each."""
-        few = [h for unit in self._hidden[:ERROR_WINDOWS] for h in (unit if unit.dim() == 3 else [unit])][:ERROR_WINDOWS]
-        device = self._resources.devices[0]
-        entering, there = [h.to(device, copy=True) for h in few], source.to(self._dtype)
+        """A few windows that enter the block, and what the source's block makes of each, on the device where that is."""
+        device = str(source.weights[self._architecture.attn_norm].device)
+        device = next((one for one in self._resources.devices if one == device), self._resources.device)
+        windows = [h for unit in self._hidden[:ERROR_TOKENS] for h in (unit if unit.dim() == 3 else [unit])]
+        few, there = windows[: max(1, ERROR_TOKENS // windows[0].shape[0])], source.to(self._dtype)
+        entering = [h.to(device, copy=True) for h in few]
         return [(h, there.forward(h, self._rotary[device])) for h in entering]
 
     def error(self, block: Block, answers: Sequence[tuple[Tensor, Tensor]]) -> float:
         """How far a quantized block's outputs are from these of its source: their mean squared distance, as a share of the mean square of
         what the source's block adds to its inputs."""
-        there, off, added = block.to(self._dtype), 0.0, 0.0
-        for h, wanted in answers:
-            off += float((there.forward(h, self._rotary[self._resources.devices[0]]) - wanted).square().sum(dtype=torch.float64))
+        device, there, off, added = self._resources.devices[0], block.to(self._dtype), 0.0, 0.0
+        for h, wanted in ((h.to(device), wanted.to(device)) for h, wanted in answers):
+            off += float((there.forward(h, self._rotary[device]) - wanted).square().sum(dtype=torch.float64))
             added += float((wanted - h).square().sum(dtype=torch.float64))
         return off / max(added, torch.finfo(torch.float32).tiny)
 
@@ -93,7 +95,7 @@ class Walk:
                 x, keep = self._site(there, site, at, device)
                 if site == "mlp_in":  # at once: two copies of all hidden states are more than a GPU should hold
                     self._hidden[at], self._attended[at] = keep, keep[:0].clone()
-                elif site == "o_in" or (site == "down_in" and self._keeps(keep, at - windows[0])):
+                elif site == "o_in" or (site == "down_in" and self._keeps(keep, at - windows[0], device)):
                     kept[at] = keep
                 return x
 
@@ -110,10 +112,10 @@ class Walk:
             self._inner = kept
         return Moments(total.div_(self._tokens))
 
-    def _keeps(self, inner: Tensor, place: int) -> bool:
+    def _keeps(self, inner: Tensor, place: int, device: str) -> bool:
         """Whether what down_proj reads of a device's window of this place is kept: where all of it is little, and of several GPUs on each
-        as much as the hidden states take that lie on the others."""
-        return inner.nbytes * len(self._hidden) <= KEEP_BYTES or inner.nbytes * (place + 1) <= self._elsewhere
+        as much as it has room for."""
+        return inner.nbytes * len(self._hidden) <= KEEP_BYTES or inner.nbytes * (place + 1) <= self._room[device]
 
     def _expert(self, block: Block, site: Site, expert: int) -> Moments:
         if not self._routed:
@@ -224,3 +226,8 @@ class Walk:
             return block.mlp_in(h), h.to(home)
         x = block.down_in(block.mlp_in(h))
         return x, x
+
+
+def _room(device: str) -> int:
+    """Bytes that may be used to save time where several GPUs share the work; one alone is asked for as little as may be."""
+    return torch.cuda.mem_get_info(device)[0] // ROOM if ":" in device else 0

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from buildsys.errors import BuildError
 from buildsys.methods import gptq, rtn
-from buildsys.quant.compensate import BLOCK, _parts, compensated, factor, factored, unit_factor
+from buildsys.quant.compensate import BLOCK, compensated, factored, unit_factor
 from buildsys.quant.grid import Grid, min_max
 from buildsys.scheme import Scheme
 
@@ -81,35 +81,6 @@ def test_the_factor_is_that_of_the_damped_moments() -> None:
     torch.testing.assert_close((upper.t() * pivots.square()) @ upper, damped, rtol=0, atol=1e-8)
     assert damping == 0.05 and torch.allclose(added, (0.05 * gram.double().diagonal().mean()).expand(48))
     assert torch.equal(upper, upper.triu()) and torch.equal(upper.diagonal(), torch.ones(48, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("block", [16, 48, 100, 128])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_blocks_make_the_same_factor(dtype: torch.dtype, block: int) -> None:
-    _, gram = layer(6, 100)
-    damped = gram.to(dtype) + 0.01 * torch.eye(100, dtype=dtype)
-    found = damped.clone()
-    assert factor(found, block)
-    torch.testing.assert_close(found, torch.linalg.cholesky(damped, upper=True), rtol=1e-3 if dtype == torch.float32 else 1e-9, atol=1e-5)
-    assert torch.equal(found, found.triu())
-
-
-@pytest.mark.parametrize("at", [0, 20, 99])
-@pytest.mark.parametrize("block", [16, 100])
-def test_what_is_not_positive_definite_has_no_factor(block: int, at: int) -> None:
-    damped = torch.eye(100)
-    damped[at, at] = -1
-    assert not factor(damped, block)
-
-
-def test_products_of_two_parts_are_those_of_float32() -> None:
-    """Also where each factor is rounded to ten bits of mantissa, as tensor cores do."""
-    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(7))
-    large, small = _parts(x)
-    assert torch.equal(large + small, x)
-    one, two, exact = large.double(), (small.view(torch.int32) & ~0x1FFF).view(torch.float32).double(), x.double().t() @ x.double()
-    off = [float((found - exact).abs().max()) for found in (one.t() @ one, one.t() @ one + one.t() @ two + two.t() @ one)]
-    assert off[1] < off[0] / 500
 
 
 def test_without_correlation_it_is_rounding_to_nearest() -> None:

@@ -90,7 +90,7 @@ def rounded(block: Block, site: Site, bits: Bits, stats: Path) -> tuple[Block, d
         importance = torch.cat([each.diagonal() for each in seen.gram])[: linear.in_features]
         grid = least_error(weight, replace(SCHEME, bits=bits), importance)
         after = grid.dequantize(grid.round(weight))
-        errors[linear.name] = gram_norm(after - weight, seen) * (seen.sent if seen.sent is not None else 1)
+        errors[linear.name] = float(gram_norm(after - weight, seen)) * (seen.sent if seen.sent is not None else 1)
         block = block.with_weights({f"{linear.name}.weight": after})
     return block, errors
 

@@ -53,7 +53,7 @@ def test_gram_norm_is_the_output_error(width: int) -> None:
     made = torch.Generator().manual_seed(width)
     x, error = torch.randn(50, width, generator=made), torch.randn(7, width, generator=made)
     expected = float(((error.double() @ whole(x)) * error.double()).sum())
-    assert gram_norm(error, stats(x)) == pytest.approx(expected, rel=1e-5)
+    assert float(gram_norm(error, stats(x))) == pytest.approx(expected, rel=1e-5)
     if width <= GRAM_BLOCK:
         assert expected == pytest.approx(float((x @ error.t()).square().sum(1).mean()), rel=1e-5)
 

@@ -21,6 +21,7 @@ from buildsys.quant.observe import calibrate, load_stats
 from buildsys.quant.quantize import block_name, errors_name, quantize, told
 from buildsys.quant.rotary import tables
 from buildsys.quant.rounding import Job, Method, to_half
+from buildsys.quant.stream import ERROR_TOKENS
 from buildsys.scheme import Scheme, Schemes
 from buildsys.step import Resources
 from tests import models
@@ -213,7 +214,7 @@ def test_each_block_is_compared_with_its_source(llama: Bench, tmp_path: Path) ->
     linears, floats = load_block(tmp_path / block_name(0))
     weights = {name: tensor.float() for name, tensor in floats.items()}
     finished = Block(block.architecture, 0, weights | {f"{name}.weight": linear.dequantize() for name, linear in linears.items()})
-    entering = llama.model.embed(llama.tokens)[:2]
+    entering = llama.model.embed(llama.tokens)[: ERROR_TOKENS // LENGTH]
     wanted = torch.stack([block.forward(h, cos_sin) for h in entering])
     off = torch.stack([finished.forward(h, cos_sin) for h in entering]) - wanted
     expected = float(off.square().sum() / (wanted - torch.stack(entering)).square().sum())
