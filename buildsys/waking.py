@@ -1,10 +1,12 @@
-"""Makes a GPU ready for torch, which uses the primary context that its driver library keeps for a process, whoever asks for it first.
+"""Makes a GPU, and Triton, ready while torch is imported: what they take their time for lets other threads run.
 
-CUDA Driver API, Primary Context Management. It takes 0.3 s in C that lets other threads run: as long as a part of importing torch.
+torch uses the primary context that the driver library keeps for a process, whoever asks for it first (CUDA Driver API, Primary Context
+Management): 0.3 s.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,13 +31,16 @@ def wake_gpu() -> bool:
 
 
 def wake_triton() -> None:
-    """Its names for what it has compiled hold a digest of its own files: a quarter of a second that lets other threads run. After torch was
-    imported, since each of the two may import the other."""
-    try:
-        from triton.runtime.cache import triton_key
-    except ImportError:  # there is none, or one that keeps it elsewhere and is asked with its first kernel
-        return
-    triton_key()
+    """Its names for what it has compiled hold a digest of its own files: a quarter of a second that lets other threads run. It imports no
+    torch, and torch none of it, so that both may be imported at a time."""
+    for place in ("triton.runtime.cache", "triton.compiler.compiler"):  # since 3.5, and before
+        try:
+            key = getattr(import_module(place), "triton_key", None)
+        except ImportError:  # there is none
+            return
+        if key is not None:
+            key()
+            return
 
 
 def _torch_computes_there() -> bool:

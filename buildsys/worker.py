@@ -280,32 +280,30 @@ def main(arguments: list[str]) -> None:
     channel = socket.socket(fileno=int(arguments[0]))
     channel.set_inheritable(False)
     asked: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
-    imported = threading.Event()
-    threading.Thread(target=_listen, args=(channel, asked, imported), daemon=True).start()
-    steps = _load(arguments[1], imported)
+    threading.Thread(target=_listen, args=(channel, asked), daemon=True).start()
+    steps = _load(arguments[1])
     while (one := asked.get()) is not None:
         _answer(channel, _serve(Job(**one["job"]), Path(one["log"]), channel, steps))
         gc.collect()  # the next step begins with this one's memory free
 
 
-def _listen(channel: socket.socket, asked: SimpleQueue[dict[str, Any] | None], imported: threading.Event) -> None:
+def _listen(channel: socket.socket, asked: SimpleQueue[dict[str, Any] | None]) -> None:
     """Hands jobs on; wakes a GPU at once, while the main thread still imports torch."""
     for line in channel.makefile("rb"):
         said = json.loads(line)
         if "wake" in said:
-            threading.Thread(target=_wake, args=(imported,), daemon=True).start()
+            threading.Thread(target=_wake, daemon=True).start()  # a job may come before it is done
         else:
             asked.put(said)
     asked.put(None)
 
 
-def _wake(imported: threading.Event) -> None:
+def _wake() -> None:
     if wake_gpu():
-        imported.wait()
         wake_triton()
 
 
-def _load(name: str, imported: threading.Event) -> ModuleType:
+def _load(name: str) -> ModuleType:
     """Imports what every heavy step needs, before the first one is asked for. What imports make lives as long as this process: looking
     through it for garbage takes a tenth of their time, and then some of each search that follows."""
     gc.disable()
@@ -314,7 +312,6 @@ def _load(name: str, imported: threading.Event) -> ModuleType:
             import torch
 
             torch.set_num_threads(1)
-            imported.set()
         return importlib.import_module(name)
     finally:
         gc.freeze()
