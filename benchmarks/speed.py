@@ -32,7 +32,7 @@ from buildsys.survey import describe
 from buildsys.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("calibrate", "quantize", "pack", "assemble")
+KINDS = ("calibrate", "quantize", "outside", "pack", "assemble")
 LINE = re.compile(r"(built|cached) +(\w+) .*? (?:(\d+) min )?([\d.]+) s +[\d.]+ \w?B", re.ASCII)
 
 

@@ -98,11 +98,13 @@ def building(
     gptq: bool = True,
     sampled: Sequence[tuple[int, int]] = (),
     held: Sequence[TensorBytes] | None = None,
+    apart: bool = False,
 ) -> Building:
     """One clean build with `samples` x `seqlen` tokens of calibration; a step's seconds are its floating point work and its bytes.
 
     `verify_streams`: forwards of the verify text, held side by side: the source's, the artifact's, and one for each KV policy. `sampled`:
     (windows, tokens) of each text that the model writes itself, token by token. `held`: footprint.weights of the same, from who knows them.
+    `apart`: what lies outside of the blocks is packed by a step of its own.
     """
     tokens, scored = samples * seqlen, verify_windows * verify_seqlen
     held = weights(architecture, schemes) if held is None else held
@@ -110,18 +112,20 @@ def building(
     source_bytes = 2 * sum(prod(each.shape) for each in held)
     packed_bytes = sum(each.disk_bytes for each in held)
     blocks_bytes = sum(each.disk_bytes for each in held if each.name not in outside)
+    parts_bytes = {"outside": packed_bytes - blocks_bytes, "pack": blocks_bytes} if apart else {"pack": packed_bytes}
     kept = {*architecture.sites, *architecture.scale_sites}
     stats_bytes = architecture.layers * sum(_gram_bytes(architecture.width(site)) for site in kept)
     seconds = {
         "tokens": speed.start_s + _sampling_s(architecture, speed, sampled),
         "calibrate": speed.start_s + max(_calibrate_s(architecture, speed, tokens, seqlen), source_bytes / speed.read_bytes_per_s),
         "quantize": speed.start_s + source_bytes / speed.read_bytes_per_s + _quantize_s(architecture, speed, tokens, seqlen, gptq),
-        "pack": packed_bytes / speed.write_bytes_per_s,
+        **{kind: size / speed.write_bytes_per_s for kind, size in parts_bytes.items()},
         "score": speed.start_s
         + 2 * (source_bytes + packed_bytes) / speed.read_bytes_per_s  # both models, and what is read is unpacked
         + verify_streams * _score_s(architecture, speed, scored, verify_seqlen),
     }
-    disk_bytes = {"calibrate": stats_bytes, "quantize": blocks_bytes, "pack": packed_bytes, "score": 16 * scored * (verify_streams - 1)}
+    scores_bytes = 16 * scored * (verify_streams - 1)
+    disk_bytes = {"calibrate": stats_bytes, "quantize": blocks_bytes, **parts_bytes, "score": scores_bytes}
     held_tokens = max(tokens, scored * max(verify_streams, 3) // 3)
     work_bytes = max(_build_bytes(architecture, held_tokens, speed.device), _sampling_bytes(architecture, sampled))
     on_cpu = speed.device == "cpu"

@@ -151,7 +151,7 @@ def _row(plan: Plan, lines: Mapping[str, StepLine]) -> Row:
 
 
 def _packed(plan: Plan, lines: Mapping[str, StepLine]) -> int:
-    return sum(lines[step.planned_key].bytes for step in plan.steps if step.kind == "pack")
+    return sum(lines[step.planned_key].bytes for step in plan.steps if step.kind in ("outside", "pack"))
 
 
 def _fit(plan: Plan) -> Fit | None:
@@ -190,7 +190,7 @@ def _total(rows: Mapping[str, Row], plans: Mapping[str, Plan], lines: Mapping[st
         run=len(missing),
         seconds=sum(line.seconds for line in missing),
         seconds_apart=sum(seconds_of(plan, step) for plan in plans.values() for step in plan.steps),
-        artifact_bytes=sum(line.bytes for line in lines.values() if line.kind == "pack"),
+        artifact_bytes=sum(line.bytes for line in lines.values() if line.kind in ("outside", "pack")),
     )
 
 

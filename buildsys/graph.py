@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from buildsys import footprint, gpus
+from buildsys.architecture import Architecture
 from buildsys.deployment import engine_check, source_engine
 from buildsys.errors import BuildError
 from buildsys.finder import Finder
@@ -45,9 +46,12 @@ SERVE_OUTPUT, MEASURED = ("served.json",), ("measurements.json",)
 CHOSEN = "schemes.json"
 """What allocate writes: the scheme of each linear."""
 
+OUTSIDE_BYTES = 256 << 20
+"""From so many on, what lies outside of a model's blocks is packed by a step of its own."""
+
 VERSIONS = MappingProxyType(
     {
-        **dict.fromkeys(("fetch", "tokens", "disjoint", "calibrate", "allocate", "measure", "generate", "serve"), 1),
+        **dict.fromkeys(("fetch", "tokens", "disjoint", "calibrate", "allocate", "outside", "measure", "generate", "serve"), 1),
         **dict.fromkeys(("quantize", "score"), 2),
         "assemble": 3,
         "pack": 4,
@@ -93,6 +97,12 @@ def scored_policies(recipe: Recipe) -> tuple[gpus.KvPolicy, ...]:
     own, named = recipe.kv_cache.policy, recipe.verify.checks.get("kv")
     asked = {own, *getattr(named, "policies", ())} - {"none"}
     return tuple(policy for policy in footprint.KV_BITS if policy in asked)
+
+
+def packed_apart(architecture: Architecture) -> bool:
+    """Whether what lies outside of the blocks has a step of its own."""
+    matrices = 1 if architecture.lm_head is None else 2  # in float16
+    return 2 * matrices * architecture.vocab_size * architecture.hidden_size >= OUTSIDE_BYTES
 
 
 def _method(chosen: Choice) -> dict[str, Any]:
@@ -233,9 +243,20 @@ class Graph:
         after = () if "stats" in reads else (disjoint,)
         return self._step("quantize", title, knobs, *needs, after=after, hints=hints, resumes=backend.module.RESUMES, computes=True)
 
-    def pack(self, source: Step, blocks: Step) -> Step:
+    def outside(self, source: Step) -> Step | None:
+        """The embedding, the last norm and the head, where they are large: the same whatever happens to the blocks, and so one step and one
+        set of files for all variants of a recipe."""
+        if not packed_apart(self.surveyed.architecture):
+            return None
+        chosen = self.recipe.format
+        as_ = chosen.knobs.model_dump()["as_"]
+        knobs = {"model": self.surveyed.computed, "quant": QUANT, "floats": chosen.module.FLOATS, "format": {"knobs": {"as_": as_}}}
+        return self._step("outside", "embedding and head", knobs, Need("source", source, WEIGHTS), computes=True)
+
+    def pack(self, source: Step, blocks: Step, outside: Step | None) -> Step:
         knobs = {"model": self.surveyed.computed, "quant": QUANT, **self._packing}
-        needs = Need("source", source, WEIGHTS), Need("blocks", blocks, ("*.safetensors",)), *self._bits
+        needs = [Need("source", source, WEIGHTS), Need("blocks", blocks, ("*.safetensors",)), *self._bits]
+        needs += [Need("outside", outside, ("*.safetensors",))] if outside is not None else []
         return self._step("pack", f"format {self.recipe.format.name}", knobs, *needs, computes=True)
 
     def assemble(self, source: Step, packed: Step, files: tuple[str, ...]) -> Step:

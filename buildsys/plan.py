@@ -11,7 +11,7 @@ from buildsys import effort, footprint, gpus
 from buildsys.deployment import engine_check, serves, target_gpu
 from buildsys.errors import BuildErrors
 from buildsys.finder import Finder
-from buildsys.graph import Graph, located, scored_policies
+from buildsys.graph import Graph, located, packed_apart, scored_policies
 from buildsys.linears import Linears
 from buildsys.located import Located
 from buildsys.locked import Locked
@@ -88,7 +88,7 @@ def plan(
     if recipe.quantization.mixed is not None:
         graph = replace(graph, allocated=graph.allocate(fetched, calibrated, calibration))
     quantized = graph.quantize(fetched, calibrated, calibration, disjoint)
-    packed = graph.pack(fetched, quantized)
+    packed = graph.pack(fetched, quantized, graph.outside(fetched))
     artifact = graph.assemble(fetched, packed, source.names)
     host = serves(recipe, engine, host)
     skipped = {name: host for name in recipe.verify.checks if isinstance(host, str) and engine_check(name)}
@@ -144,6 +144,7 @@ def builds(recipe: Recipe, surveyed: Survey, schemes: Schemes, speed: effort.Spe
             for asked, dataset in ((recipe.calibration, recipe.calibration.dataset), (recipe.verify, recipe.verify.text))
             if dataset.module.READS == "model"
         ),
+        "apart": packed_apart(surveyed.architecture),
     }
     building = finder.building(surveyed, schemes, speed, **asked)
     if not recipe.quantization.backend.module.TOOL:

@@ -7,7 +7,7 @@ import torch when they run, so that planning and cached builds never pay for it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from buildsys.survey import describe, read_config
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from buildsys.io.checkpoint import Writer
+    from buildsys.io.checkpoint import Checkpoint, Writer
     from buildsys.quant.model import Model
 
 __all__ = ["Request", "Resources", "run"]
@@ -178,38 +178,63 @@ def _method(said: Mapping[str, Any]) -> Any:
     return Method(module, module.Knobs.model_construct(**said["knobs"]))
 
 
+def outside(request: Request, progress: Progress) -> None:
+    """What lies outside of the blocks, in the format's layout: the same whatever happens to the blocks."""
+    from buildsys.io.checkpoint import Checkpoint, Writer
+
+    made, source, floats = _relaid(request), Checkpoint(request.read("source").files), request.knobs["floats"]
+    shapes, names = made.architecture.tensors(), made.outside()
+    layout = {name: (floats, shape) for name, shape in shapes.items() if name in names}
+    with Writer(request.stage, layout, {}, _shard_bytes(layout), request.finished) as writer:
+        _through(_outside(made, source, floats, writer, request), "outside", request, progress)
+        writer.close()
+
+
 def pack(request: Request, progress: Progress) -> None:
-    """The whole model in the format's layout: codes from the blocks, what lies outside of the blocks from the source."""
-    from buildsys.io.checkpoint import DTYPES, Checkpoint, Writer
+    """The whole model in the format's layout: codes from the blocks; what lies outside of them from the source, or as packed before."""
+    from buildsys.io import headers
+    from buildsys.io.checkpoint import Checkpoint, Writer
     from buildsys.quant.blocks import load_block
-    from buildsys.quant.parallel import through_files
     from buildsys.quant.quantize import block_name
-    from buildsys.quant.rounding import to_half
     from buildsys.quant.rows import relay
 
     made, source = _relaid(request), Checkpoint(request.read("source").files)
     format, device = modules("formats")[request.knobs["format"]["name"]], request.resources.device
+    packed = dict(request.inputs.get("outside", {}))
     layout = packed_layout(made.architecture, format, made.schemes(schemes(request)))
-    writer = Writer(request.stage, layout, {}, _shard_bytes(layout), request.finished)
+    held = {name for path in packed.values() for name in headers.read(path).tensors}
+    ours = {name: kind for name, kind in layout.items() if name not in held}
 
-    def outside(name: str, old: str) -> None:
-        half = to_half(source.load(old, source.dtype(old), device), old)
-        assert half.dtype == DTYPES[format.FLOATS]
-        writer.add(name, half)
-
-    def block(layer: int) -> None:
+    def block(writer: Writer, layer: int) -> None:
         prefix = made.architecture.prefix(layer)
         linears, floats = relay(made, *load_block(request.read("blocks").path(block_name(layer)), device))
         _add(writer, {prefix + name: tensor for name, tensor in floats.items()})
         for name, linear in linears.items():
             _add(writer, {f"{prefix}{name}.{part}": tensor for part, tensor in format.pack(linear).items()})
 
-    around = [partial(outside, name, old) for name, old in made.outside().items()]
-    work = [*around, *(partial(block, layer) for layer in range(made.old.layers))]
-    with writer:
-        for done, _ in enumerate(through_files(lambda one: one(), work, request.resources)):
-            progress("pack", done + 1, len(work))
+    with Writer(request.stage, ours, {}, _shard_bytes(layout), request.finished, tuple(packed[name] for name in sorted(packed))) as writer:
+        around = [] if packed else _outside(made, source, format.FLOATS, writer, request)
+        _through([*around, *(partial(block, writer, layer) for layer in range(made.old.layers))], "pack", request, progress)
         writer.close()
+
+
+def _outside(made: Relayout, source: Checkpoint, floats: str, writer: Writer, request: Request) -> list[Callable[[], None]]:
+    from buildsys.io.checkpoint import DTYPES
+    from buildsys.quant.rounding import to_half
+
+    def one(name: str, old: str) -> None:
+        half = to_half(source.load(old, source.dtype(old), request.resources.device), old)
+        assert half.dtype == DTYPES[floats]
+        writer.add(name, half)
+
+    return [partial(one, name, old) for name, old in made.outside().items()]
+
+
+def _through(work: Sequence[Callable[[], None]], what: str, request: Request, progress: Progress) -> None:
+    from buildsys.quant.parallel import through_files
+
+    for done, _ in enumerate(through_files(lambda one: one(), work, request.resources)):
+        progress(what, done + 1, len(work))
 
 
 def _shard_bytes(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
@@ -392,5 +417,5 @@ def packed_model(request: Request, keep_kv: Any) -> Model:
 
 _STEPS: dict[str, Callable[[Request, Progress], dict[str, Any] | None]] = {
     function.__name__: function
-    for function in (fetch, tokens, disjoint, calibrate, allocate, quantize, pack, assemble, score, serve, measure, generate)
+    for function in (fetch, tokens, disjoint, calibrate, allocate, quantize, outside, pack, assemble, score, serve, measure, generate)
 }

@@ -172,7 +172,7 @@ def test_what_the_base_moved_since_is_not_this_branchs_doing(branch: Path) -> No
 def test_versions_of_an_older_layout_are_found(branch: Path) -> None:
     """graph.py was a part of plan.py once."""
     (branch / "buildsys/graph.py").rename(branch / "buildsys/older.py")
-    runs.edit(branch / "buildsys/older.py", '("assemble", "pack"), 3', '("assemble", "pack"), 2')
+    runs.edit(branch / "buildsys/older.py", '"pack": 4,', '"pack": 2,')
     git(branch, "add", "-A")
     git(branch, "commit", "-q", "-m", "older")
     commit, found = versions.of_base(branch, "HEAD")

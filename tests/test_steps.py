@@ -16,10 +16,11 @@ import runs
 import torch
 from safetensors import safe_open
 
-from buildsys import digests, steps
+from buildsys import digests, graph, steps
 from buildsys.errors import BuildError
 from buildsys.formats import awq, gptq
 from buildsys.io import checkpoint
+from buildsys.io.checkpoint import Checkpoint
 from buildsys.plan import Plan, plan
 from buildsys.scheme import Scheme, Schemes
 from buildsys.serving.guide import shell
@@ -242,6 +243,36 @@ def test_pack_keeps_what_lies_outside_of_the_blocks(done: Any) -> None:
     with safe_open(source, "pt") as theirs, safe_open(store.path(built[only(made, "pack").planned_key], "model.safetensors"), "pt") as ours:
         for name in ("model.tok_embeddings.weight", "model.norm.weight", "output.weight"):
             assert torch.equal(ours.get_tensor(name), theirs.get_tensor(name).half())
+
+
+def test_what_lies_outside_of_the_blocks_is_packed_once_for_all_variants(
+    done: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, store, built, _ = done
+    monkeypatch.setattr(graph, "OUTSIDE_BYTES", 0)
+    workspace = made.recipe.folder("source").parent
+    recipe = workspace / "recipes" / "tiny.yaml"
+    other = recipe.with_name("other.yaml")
+    other.write_text(recipe.read_text().replace("group_size: 32", "group_size: 64"))
+    apart, variant = (plan(Workspace(workspace).load(name), store) for name in ("tiny", "other"))
+    step = only(apart, "outside")
+    assert step == only(variant, "outside") and only(apart, "pack") != only(variant, "pack")
+    assert "outside" not in {one.kind for one in made.steps}
+    ours = Store(tmp_path / "artifacts")
+    found, _ = build(apart, ours)
+    packed, alone = found[only(apart, "pack").planned_key], built[only(made, "pack").planned_key]
+    outside = found[step.planned_key]
+    assert {file.sha256 for name, file in outside.files.items() if name.endswith(".safetensors")} < {
+        file.sha256 for file in packed.files.values()
+    }
+    whole = Checkpoint({name: store.path(alone, name) for name in alone.files})
+    parts = Checkpoint({name: ours.path(packed, name) for name in packed.files})
+    assert parts.names() == whole.names()
+    assert all(torch.equal(parts.load(name, None, finite=False), whole.load(name, None, finite=False)) for name in whole.names())
+    index = json.loads(ours.path(packed, "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {name for name in packed.files if name.endswith(".safetensors")}
+    assert index["metadata"]["total_size"] == sum(parts.entry(name).bytes for name in parts.names())
+    assert found[apart.artifact.planned_key].files.keys() > packed.files.keys()
 
 
 def test_packed_layout_of_a_tied_model_has_no_head(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -171,6 +171,8 @@ class Writer:
     A file appears under its name as soon as all of it is there, and then `finished` is told of it; until then it is hidden and partial. In
     `close` all of them have reached the disk, and the index comes, without which several files are no model. Equal tensors give equal
     bytes, in whatever order they were added. Tensors may be added from several threads. As a context it leaves no thread behind.
+
+    `beside`: complete files of other tensors of the same model, which come after ours as links, and are in the index.
     """
 
     def __init__(
@@ -180,12 +182,15 @@ class Writer:
         metadata: Mapping[str, str],
         max_shard_bytes: int,
         finished: Callable[[Path], None] = nobody_waits,
+        beside: Sequence[Path] = (),
     ) -> None:
         self._folder, self._finished = folder, finished
         self._total_bytes = sum(headers.size(*held) for held in layout.values())
         groups = _shards(layout, max_shard_bytes)
-        several = [f"model-{at:05}-of-{len(groups):05}.safetensors" for at in range(1, len(groups) + 1)]
-        self._names = several if len(groups) > 1 else [SINGLE]
+        count = len(groups) + len(beside)
+        several = [f"model-{at:05}-of-{count:05}.safetensors" for at in range(1, count + 1)]
+        self._names = several[: len(groups)] if count > 1 else [SINGLE]
+        self._beside = dict(zip(several[len(groups) :], beside, strict=True))
         self._places: dict[str, tuple[str, Entry]] = {}
         self._added: set[str] = set()
         for file, group in zip(self._names, groups, strict=True):
@@ -229,19 +234,30 @@ class Writer:
             raise ValueError(f"{len(missing)} tensors were never written: {', '.join(missing[:3])}")
         for file in () if self._order else self._names:  # a model without a tensor
             self._show(file)
-        if len(self._names) > 1:
-            mapped = {name: self._places[name][0] for name in self._order}
+        if len(self._names) + len(self._beside) > 1:
+            mapped = {name: self._places[name][0] for name in self._order} | self._link()
             text = json.dumps({"metadata": {"total_size": self._total_bytes}, "weight_map": mapped}, indent=2, sort_keys=True) + "\n"
             _partial(self._folder / INDEX).write_text(text)
         self._pool.shutdown()
         for done in self._begun:
             done.result()
-        if len(self._names) > 1:
+        if len(self._names) + len(self._beside) > 1:
             _appear(self._folder / INDEX)
             self._finished(self._folder / INDEX)
-            return [*self._names, INDEX]
+            return [*self._names, *self._beside, INDEX]
         _sync(self._folder)
         return list(self._names)
+
+    def _link(self) -> dict[str, str]:
+        """The files beside ours under their names here; which tensor is in which."""
+        mapped: dict[str, str] = {}
+        for file, path in self._beside.items():
+            (self._folder / file).unlink(missing_ok=True)
+            (self._folder / file).symlink_to(path)
+            found = headers.read(path).tensors
+            mapped |= dict.fromkeys(found, file)
+            self._total_bytes += sum(entry.bytes for entry in found.values())
+        return mapped
 
     def _show(self, file: str) -> None:
         """Whoever wants its bytes has them while a disk takes them in."""

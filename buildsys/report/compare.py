@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 SCORES = "scores.safetensors"
 WEIGHTS = ("config.json", "*.safetensors")
-KINDS = ("fetch", "tokens", "disjoint", "calibrate", "allocate", "quantize", "pack", "assemble", "score", "measure")
-MAKING = ("calibrate", "allocate", "quantize", "pack", "assemble")
+KINDS = ("fetch", "tokens", "disjoint", "calibrate", "allocate", "quantize", "outside", "pack", "assemble", "score", "measure")
+MAKING = ("calibrate", "allocate", "quantize", "outside", "pack", "assemble")
 """Kinds of steps that make the artifact; a kind that is in neither comes after all of these."""
-CSS = {"calibrate": "c0", "allocate": "c4", "quantize": "c1", "pack": "c2", "assemble": "c5"}
+CSS = {"calibrate": "c0", "allocate": "c4", "quantize": "c1", "outside": "c3", "pack": "c2", "assemble": "c5"}
 QUALITIES = (
     ("perplexity", "quantized_perplexity", "perplexity"),
     ("perplexity", "ratio", "ratio"),

@@ -145,7 +145,9 @@ def figures(before: Plan | None, after: Plan | None) -> tuple[Figure, ...]:
 
 def _predicted(plan: Plan) -> dict[tuple[str, str], float]:
     building, serving = plan.building, plan.serving
-    found: dict[tuple[str, str], float] = {("weights on disk", "bytes"): building.disk_bytes["pack"]}
+    found: dict[tuple[str, str], float] = {
+        ("weights on disk", "bytes"): building.disk_bytes.get("outside", 0) + building.disk_bytes["pack"]
+    }
     if serving is not None:
         found["GPU memory, with one full session", "bytes"] = serving.needed_bytes * serving.count
         found["KV cache", "tokens"] = serving.pool_tokens
