@@ -19,11 +19,14 @@ from test_tasks import Place
 
 from buildsys import causes
 from buildsys.lock import Lock, of
+from buildsys.methods import gptq
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 IDENTICAL = re.compile(r"^tiny: identical, (\d+) steps, digest ([0-9a-f]{64})$", re.MULTILINE)
+THEN, NOW = gptq.VERSION, gptq.VERSION + 1
+VERSION = (f"VERSION = {THEN}\n", f"VERSION = {NOW}\n")
 
 
 def reproduce(workspace: Path, *words: str, recipe: str = "tiny", **more: str) -> runs.Ran:
@@ -139,9 +142,9 @@ def test_a_revision_moved(tmp_path: Path) -> None:
 
 
 def test_a_version_alone_changes_nothing(tiny: Path, tmp_path: Path) -> None:
-    environment = package(tmp_path / "package", "methods/gptq.py", "VERSION = 3\n", "VERSION = 4\n")
+    environment = package(tmp_path / "package", "methods/gptq.py", *VERSION)
     ran = reproduce(runs.copy(tiny, tmp_path / "workspace"), **environment).fine()
-    assert "note      methods/gptq VERSION 3 -> 4: its output is the same" in ran.out and IDENTICAL.search(ran.out)
+    assert f"note      methods/gptq VERSION {THEN} -> {NOW}: its output is the same" in ran.out and IDENTICAL.search(ran.out)
 
 
 def test_a_method_that_rounds_otherwise(tiny: Path, tmp_path: Path) -> None:
@@ -158,8 +161,8 @@ def test_a_method_that_rounds_otherwise(tiny: Path, tmp_path: Path) -> None:
         r"first     block-00000\.safetensors, layer 0, self_attn\.q_proj\.codes: \d+ of 16,384 codes differ, by at most 1 times the scale"
     )
     assert re.search(first, ran.out) and "  equal     calibrate" in ran.out and " pack " not in ran.out
-    runs.edit(tmp_path / "package" / "buildsys" / "methods" / "gptq.py", "VERSION = 3\n", "VERSION = 4\n")
-    assert "differs beside it: methods/gptq VERSION 3 -> 4" in refused(reproduce(workspace, **environment))
+    runs.edit(tmp_path / "package" / "buildsys" / "methods" / "gptq.py", *VERSION)
+    assert f"differs beside it: methods/gptq VERSION {THEN} -> {NOW}" in refused(reproduce(workspace, **environment))
 
 
 def test_another_recipe(tiny: Path, tmp_path: Path) -> None:
@@ -195,8 +198,8 @@ def test_a_lock_names_the_cause_without_the_build(tiny: Path, tmp_path: Path) ->
     environment = package(tmp_path / "package", "methods/gptq.py", *otherwise)
     said = refused(reproduce(clone, **environment))
     assert "quantize 4-bit g32 asymmetric, awq + gptq is the first step that differs (digest " in said and "against=ARTIFACTS" in said
-    runs.edit(tmp_path / "package" / "buildsys" / "methods" / "gptq.py", "VERSION = 3\n", "VERSION = 4\n")
-    assert "differs beside it: methods/gptq VERSION 3 -> 4" in refused(reproduce(clone, **environment))
+    runs.edit(tmp_path / "package" / "buildsys" / "methods" / "gptq.py", *VERSION)
+    assert f"differs beside it: methods/gptq VERSION {THEN} -> {NOW}" in refused(reproduce(clone, **environment))
     ran = reproduce(built, **environment)
     assert ran.status == 1 and "layer 0, self_attn.q_proj.codes: " in ran.out, "where the files are at hand the tensor is named"
     runs.edit(clone / "recipes" / "tiny.yaml", "seqlen: 32\n  seed: 0", "seqlen: 16\n  seed: 0")
