@@ -83,7 +83,8 @@ def _shown(path: Path) -> str | None:
 
 def _past(folder: Path, time_ns: int) -> bool:
     """Whether the clock of the folder's file system, which may be another machine's, has gone past that time; waits a few ticks for it."""
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as asked:
+    # Where a file system has no files without a name it has one for a moment: a hidden one, which no commit takes for output.
+    with tempfile.TemporaryFile(dir=folder, prefix=".", buffering=0) as asked:
         for _ in range(TICKS):
             os.utime(asked.fileno())
             if os.fstat(asked.fileno()).st_ctime_ns > time_ns:

@@ -17,7 +17,7 @@ from buildsys import digests, hashing
 from buildsys.errors import BuildError
 from buildsys.hashing import Hashing
 from buildsys.step import digest
-from buildsys.store import Store
+from buildsys.store import Store, _outputs
 
 KEY = digest("a key")
 
@@ -128,6 +128,21 @@ def test_clock_that_stands_still_is_not_waited_for(tmp_path: Path) -> None:
     began = time.monotonic()
     assert not hashing._past(tmp_path, time.time_ns() + 3600 * 10**9) and time.monotonic() - began < 5
     assert hashing._past(tmp_path, time.time_ns() - 3600 * 10**9) and list(tmp_path.iterdir()) == []
+
+
+def test_the_clock_is_asked_through_nothing_that_a_commit_would_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a file system makes no file without a name, and while it has one."""
+    (tmp_path / "out").write_text("x")
+    there, taken, unlink = list[int](), list[str](), os.unlink
+
+    def gone(path: str) -> None:
+        there.append(len(os.listdir(tmp_path)))
+        taken.extend(output.name for output in _outputs(tmp_path))
+        unlink(path)
+
+    monkeypatch.setattr(tempfile, "_O_TMPFILE_WORKS", False)
+    monkeypatch.setattr(os, "unlink", gone)
+    assert hashing._past(tmp_path, 0) and (there, taken) == ([2], ["out"])
 
 
 def test_no_thread_before_the_first_file_and_none_afterwards(tmp_path: Path) -> None:
