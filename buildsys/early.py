@@ -18,7 +18,7 @@ def _child(root: Path, line: list[str]) -> Worker | None:
         return None
     try:
         return Worker(root / "artifacts" / ".store")
-    except BuildError:  # a disk that is full, or not ours: told when the store is written to
+    except (BuildError, OSError):  # a disk that is full or not ours, too many processes: told by whoever cannot do without
         return None
 
 

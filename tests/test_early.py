@@ -83,3 +83,20 @@ def test_a_folder_that_cannot_be_written_is_told_of_later(tmp_path: Path) -> Non
     (tmp_path / "recipes" / "new.yaml").write_text("schema: 1\n")
     (tmp_path / "artifacts").write_text("a file where a folder belongs")
     assert not began(tmp_path, "build", "recipe=new")
+
+
+def test_a_child_that_cannot_begin_keeps_no_command_from_running(workspace: Path) -> None:
+    """No more files may be opened than importing takes: a channel to a child needs two."""
+    program = """
+import os, resource, sys
+import buildsys.workers
+free = os.dup(0)
+os.close(free)
+resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, free + 1))
+from buildsys import early
+print(early.CHILD)
+"""
+    line = [sys.executable, "-c", program, "build", "recipe=new"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, cwd=workspace, env=environment, text=True, capture_output=True)
+    assert (done.stdout, done.returncode) == ("None\n", 0), done.stderr
