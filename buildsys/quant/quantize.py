@@ -51,11 +51,13 @@ def quantize(
     """Writes one block file and its errors for each layer into `folder`, telling of each; what is already there is kept."""
     layers, model = range(model.architecture.layers), model.at_speed()
     left = [layer for layer in layers if not (folder / block_name(layer)).exists()]  # files appear whole or not at all
+    if not left:  # all was done when a commit was killed: a GPU would be warm for nobody
+        return
     warm = beforehand(partial(toy, job, model.architecture, model.dtype), resources.devices)
     work = _Work(model, job, stats, left, folder, resources, progress, tell, warm)
     if tokens is None or not job.sees_tokens:
         work.shared_out()
-    elif left:
+    else:
         work.in_turn(Walk(model, tokens, resources))
 
 
@@ -94,8 +96,7 @@ class _Work:
         with Behind(home, 1) as writer:  # a layer takes ten times as long, and a block that waits is GPU memory
             for layer in range(self.left[-1] + 1):
                 if layer in self.left:
-                    finished, rounded = _walked(rescaled, self.job, walk, self.resources)
-                    self._write(writer, layer, rounded)
+                    finished = self._walked(rescaled, walk, writer)
                 else:
                     finished = Block(architecture, layer, quantized_weights(self.folder / block_name(layer), home))
                     finished = replace(finished, activations=activations(finished, self.job))
@@ -103,6 +104,18 @@ class _Work:
                     (walk.finish if layer in self.left else walk.replay)(finished)
                 del finished  # a GPU holds the next one instead
                 self.progress("quantize", layer + 1, architecture.layers)
+
+    def _walked(self, rescaled: _Rescaled, walk: Walk, writer: Behind) -> Block:
+        """The next block rounded where the walk stands, and written: as an engine computes it. Its codes end here, packed."""
+        source, block = rescaled.next()
+        wanted = walk.answers(source)
+        del source  # as large as anything that is to come
+        rounded, weights = round_block(block, self.job, {}, walk, self.resources.devices, rescaled.begin)
+        finished = replace(block, weights=weights, activations=activations(block, self.job))
+        error = {"block_error": walk.error(finished, wanted)}
+        notes = {**rounded.notes, block.architecture.prefix(block.layer).rstrip("."): error}
+        self._write(writer, block.layer, replace(rounded, notes=notes))
+        return finished
 
     def observed(self, device: str, layers: Sequence[int], alone: bool = False) -> Iterator[tuple[Block, Mapping[Site, SiteStats]]]:
         """These blocks on a device, each with its statistics, from when the device is warm."""
@@ -155,17 +168,6 @@ class _Rescaled:
     def _next(self) -> tuple[Block, Block]:
         block, seen = next(self._blocks)
         return block, rescale(block, seen, self._job)[0]
-
-
-def _walked(rescaled: _Rescaled, job: Job, walk: Walk, resources: Resources) -> tuple[Block, Rounded]:
-    """The next block rounded where the walk stands: as an engine computes it, and as it is written."""
-    source, block = rescaled.next()
-    wanted = walk.answers(source)
-    del source  # as large as anything that is to come
-    rounded, weights = round_block(block, job, {}, walk, resources.devices, rescaled.begin)
-    finished = replace(block, weights=weights, activations=activations(block, job))
-    error = {"block_error": walk.error(finished, wanted)}
-    return finished, replace(rounded, notes={**rounded.notes, block.architecture.prefix(block.layer).rstrip("."): error})
 
 
 def quantized_weights(path: Path, device: str) -> dict[str, Tensor]:

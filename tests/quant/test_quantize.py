@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from dataclasses import dataclass
+import weakref
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +22,9 @@ from buildsys.quant.blocks import load_block
 from buildsys.quant.fold import fold, tied_channels
 from buildsys.quant.model import Model
 from buildsys.quant.observe import calibrate, load_stats
-from buildsys.quant.quantize import block_name, errors_name, quantize, told
+from buildsys.quant.quantize import block_name, errors_name, quantize, quantized_weights, told
 from buildsys.quant.rotary import tables
-from buildsys.quant.rounding import Job, Method, to_half
+from buildsys.quant.rounding import Job, Method, round_block, to_half
 from buildsys.quant.stream import ERROR_TOKENS
 from buildsys.scheme import Scheme, Schemes
 from buildsys.step import Resources
@@ -159,6 +163,89 @@ def test_a_killed_walk_goes_on_from_its_finished_blocks(job: str, llama: Bench, 
         before = {path.name: path.stat().st_ino for path in folder.glob("block-*.safetensors")}
         assert llama.quantize(JOBS[job], folder) == undisturbed
         assert all((folder / name).stat().st_ino == inode for name, inode in before.items()), "a finished block was made again"
+
+
+@pytest.mark.parametrize("job", ["awq gptq", "rtn"])
+def test_a_block_is_there_only_when_all_of_it_and_its_errors_are_on_the_disk(
+    job: str, llama: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A walk that goes on believes every block file: a power cut takes what was not synced."""
+    fsync, rename, synced, there = os.fsync, os.replace, set[int](), list[str]()
+
+    def sync(file: int) -> None:
+        fsync(file)
+        synced.add(os.fstat(file).st_ino)
+
+    def appear(one: Path | str, other: Path | str) -> None:
+        assert os.stat(one).st_ino in synced, f"{other} appears before its bytes are on the disk"
+        rename(one, other)
+        synced.discard(tmp_path.stat().st_ino)  # until the folder is synced, a name may be lost
+        there.append(Path(other).name)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", appear)
+    monkeypatch.setattr(Path, "replace", lambda one, other: appear(one, other))
+    llama.quantize(JOBS[job], tmp_path)
+    assert there == [name(layer) for layer in range(LAYERS) for name in (errors_name, block_name)]
+    assert tmp_path.stat().st_ino in synced
+
+
+@pytest.mark.parametrize("job", ["awq gptq", "awq rtn"])
+def test_of_a_finished_block_nothing_is_kept_but_what_the_next_one_reads(
+    job: str, llama: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes of a large block are as much as a tenth of all that a walk may hold."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def rounded(*given: Any) -> Any:
+        assert all(codes() is None for codes in made), "codes of an earlier block"
+        found = round_block(*given)
+        made.extend(weakref.ref(linear.codes) for linear in found[0].linears.values())
+        return found
+
+    monkeypatch.setattr("buildsys.quant.quantize.round_block", rounded)
+    llama.quantize(JOBS[job], tmp_path)
+    assert len(made) == 7 * LAYERS
+
+
+class TwoDevices(Resources):
+    """Two devices that share the work, each in its own thread, as two GPUs do. Both are this processor."""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return "cpu:0", "cpu:1"
+
+
+@pytest.mark.parametrize("job", ["awq gptq", "awq rtn"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_devices_that_share_the_work_make_what_one_makes(family: str, job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit where blocks know nothing of one another; where windows are summed in two parts, to the last bits of the sums. So too
+    when a walk goes on, whose blocks begin beside the work on the one before."""
+    begun: list[str] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: (begun.append(device), nullcontext())[1])
+    monkeypatch.setattr("buildsys.quant.stream._room", lambda device: 3 * 4 * LENGTH * SIZES["intermediate_size"] // 2)  # one window of two
+    monkeypatch.setattr("buildsys.quant.stream.KEEP_BYTES", 0)
+    monkeypatch.setattr(Model, "blocks", lambda self, layers, alone=False: map(replace(self, device="cpu").block, layers))
+    monkeypatch.setattr("buildsys.quant.quantize.quantized_weights", lambda path, device: quantized_weights(path, "cpu"))
+    made = bench(tmp_path, family)
+    alone = made.quantize(JOBS[job], tmp_path / "one")
+    assert not begun
+    for kept in range(2):
+        folder = tmp_path / str(kept)
+        folder.mkdir()
+        for name in (block_name(1), errors_name(1)) if kept else ():
+            shutil.copy2(tmp_path / "one" / name, folder)
+        together = made.quantize(JOBS[job], folder, TwoDevices(device="cpu:0"))
+        assert set(begun) == {"cpu:0", "cpu:1"} and together.keys() == alone.keys()
+        if not JOBS[job].sees_tokens:
+            assert together == alone
+            continue
+        for layer in range(LAYERS):
+            for name, wanted in load_block(tmp_path / "one" / block_name(layer))[0].items():
+                found = load_block(folder / block_name(layer))[0][name]
+                assert (found.codes == wanted.codes).float().mean() > 0.99, name
+        errors = [told(at)["block_errors"] for at in (folder, tmp_path / "one")]
+        assert errors[0] == pytest.approx(errors[1], rel=0.02)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
