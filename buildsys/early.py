@@ -6,6 +6,7 @@ Where none is needed, since the recipe is wrong or all its steps were built for 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -30,9 +31,13 @@ def _named(line: list[str]) -> list[str]:
 
 
 def _is_new(root: Path, name: str) -> bool:
+    """Whether recipes/ or a folder there has a file of this recipe, and artifacts/ nothing; deeper ones are not looked for."""
+    file, recipes = f"{name.partition('@')[0]}.yaml", root / "recipes"
     try:
-        written = (root / "recipes" / f"{name.partition('@')[0]}.yaml").is_file()
-        return written and not (root / "artifacts" / name).is_symlink()
+        if (root / "artifacts" / name).is_symlink():
+            return False
+        folders = [recipes, *(Path(entry.path) for entry in os.scandir(recipes) if entry.is_dir())]
+        return any((folder / file).is_file() for folder in folders)
     except (OSError, ValueError):  # no name of a file
         return False
 

@@ -40,6 +40,9 @@ def began(workspace: Path, *line: str) -> bool:
 def test_a_child_begins_for_what_was_never_built(workspace: Path) -> None:
     assert began(workspace, "build", "recipe=new")
     assert began(workspace, "-n", "2", "build", "recipe=built,new@two", "threads=1")
+    (workspace / "recipes" / "team").mkdir()
+    (workspace / "recipes" / "new.yaml").rename(workspace / "recipes" / "team" / "new.yaml")
+    assert began(workspace, "build", "recipe=new")
 
 
 @pytest.mark.parametrize(

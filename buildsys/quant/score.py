@@ -23,7 +23,7 @@ from buildsys.quant.parallel import ahead, ordered
 from buildsys.quant.rotary import tables
 from buildsys.step import Resources
 
-BLOCKS_AHEAD = 2  # in float32, of each model
+BLOCKS_AHEAD = 1  # in float32, of each model: four together are what quantizing takes at least
 SCORES = ("source_nll", "quantized_nll", "kl", "agree")
 
 Keep = Callable[[Tensor], Tensor] | None
