@@ -135,7 +135,7 @@ def build(root: Path, model: Path, said: argparse.Namespace) -> float:
     if ran.returncode:
         raise SystemExit(ran.stdout)
     took = {kind: 60 * int(minutes or 0) + float(s) for state, kind, minutes, s in LINE.findall(ran.stdout) if state == "built"}
-    return sum(took[kind] for kind in KINDS)
+    return sum(took.get(kind, 0.0) for kind in KINDS)
 
 
 def recipe(model: Path, said: argparse.Namespace) -> dict[str, object]:
