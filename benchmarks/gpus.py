@@ -19,13 +19,15 @@ import tempfile
 from pathlib import Path
 
 import yaml
-from speed import LINE, make_model, make_text
+from speed import LINE, make_model, make_text, shaped
 
 LIMIT = 1.7
 
 
 def main() -> None:
-    said = arguments()
+    parser = shaped(__doc__)
+    parser.add_argument("--gpus", type=int, default=2)
+    said = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=said.folder) as folder:
         root = Path(folder)
         make_text(root / "recipes")
@@ -41,18 +43,6 @@ def main() -> None:
         print(f"{said.gpus} GPUs: " + ", ".join(f"{kind} {ratio:.2f} x as fast as one" for kind, ratio in ratios.items()))
         if said.gpus == 2 and ratios["quantize"] < LIMIT:
             raise SystemExit(f"the limit is {LIMIT}")
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("layers", 32), ("hidden", 4096), ("inner", 14336), ("heads", 32), ("kv-heads", 8), ("vocab", 92544)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--seqlen", type=int, default=2048)
-    parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--folder", default=None, help="where to work: a disk with room for the model twice")
-    return parser.parse_args()
 
 
 def recipe(name: str, said: argparse.Namespace) -> dict[str, object]:

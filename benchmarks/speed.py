@@ -59,14 +59,20 @@ def main() -> None:
             compare(root, said, total)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def shaped(what: str | None) -> argparse.ArgumentParser:
+    """Asks for a model's shape and how much text it is calibrated on; a 7B's where nothing is said."""
+    parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("layers", 32), ("hidden", 4096), ("inner", 14336), ("heads", 32), ("kv-heads", 8), ("vocab", 92544)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--folder", default=None, help="where to work: a disk with room for the model three times")
+    return parser
+
+
+def arguments() -> argparse.Namespace:
+    parser = shaped(__doc__)
     parser.add_argument("--lite-layers", type=int, default=0, help="compare with lmdeploy lite on so many layers")
     parser.add_argument("--lite-search-samples", type=int, default=8)
     parser.add_argument("--variants", nargs="*", default=["awq-rtn", "awq-rtn-g64", "awq-gptq", "awq-gptq-g64", "kv-int8"])

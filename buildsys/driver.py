@@ -144,15 +144,9 @@ class Session:
 
     def open(self, names: Iterable[str]) -> None:
         """Plans recipes that will be built; gc is held off until `end`."""
-        names = list(names)
         self._held.enter_context(self.store.in_use())
-        with ExitStack() as failing:
-            failing.callback(self._workers.end)
-            if any(self.store.linked(name) is None for name in names):  # never built, so something heavy will run: it starts meanwhile
-                self._workers.warm()
-            _ = self._signer  # a key that cannot sign is refused now, and not when all is built
-            self.plan(names)
-            failing.pop_all()
+        _ = self._signer  # a key that cannot sign is refused now, and not when all is built
+        self.plan(names)
 
     def plan(self, names: Iterable[str]) -> None:
         """Plans every recipe before any step runs, so that a mistake in the last one costs seconds."""

@@ -14,10 +14,8 @@ import psutil
 import pytest
 import toy
 
-from buildsys import driver
 from buildsys.console import Console
 from buildsys.driver import Session, Settings
-from buildsys.errors import BuildError
 from buildsys.store import Store
 
 HERE = Path(__file__).parent
@@ -85,49 +83,25 @@ def children() -> list[psutil.Process]:
     return [child for child in found if child.status() != psutil.STATUS_ZOMBIE]
 
 
-def link(session: Session, name: str) -> None:
-    """As an earlier build of other content left it."""
-    stage = session.store.stage("0" * 64)
-    (stage / "out").write_text("old")
-    session.store.link(name, session.store.tree(session.store.commit("0" * 64, stage, {})))
-
-
-def test_a_recipe_that_was_never_built_has_its_child_while_it_is_planned(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    during: list[int] = []
-    session = opened(one={"make": {"heavy": True}}, two={"make": {"heavy": True}})
-    plan = Session.plan
-    monkeypatch.setattr(Session, "plan", lambda self, names: (during.append(len(children())), plan(self, names))[1])
-    session.open(name for name in ("one", "two"))
-    assert during == [1] and list(session.plans) == ["one", "two"]
+def test_a_child_begins_where_a_heavy_step_is_missing_and_has_the_step(opened: Open) -> None:
+    session = opened(one={"make": {"heavy": True}}, light={"make": {}})
+    session.open(["light"])
     session.look()
+    assert not children()
+    session.open(["one"])
+    assert not children()
+    session.look()
+    (child,) = children()
     for step in session.steps("one"):
         session.build(step)
-    assert len(children()) == 1, "the step had that child"
+    assert children() == [child]
     session.end()
     assert not children()
-
-
-def test_a_recipe_that_was_built_starts_nothing_until_something_is_missing(opened: Open) -> None:
-    session = opened(one={"make": {"heavy": True}}, light={"make": {}})
-    link(session, "one")
-    link(session, "light")
-    session.open(["one", "light"])
-    assert not children()
-    session.look()
-    assert len(children()) == 1
 
 
 def test_planning_alone_starts_nothing(opened: Open) -> None:
     session = opened(one={"make": {"heavy": True}})
     session.plan(["one"])
-    assert not children()
-
-
-def test_a_mistake_found_by_planning_leaves_no_child(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = opened(one={"make": {"heavy": True}})
-    monkeypatch.setattr(driver.Session, "attempt", lambda self, names: {"one": (BuildError("one.yaml:3", "is wrong", "mend it"),)})
-    with pytest.raises(BuildError, match="is wrong"):
-        session.open(["one"])
     assert not children()
 
 

@@ -162,18 +162,18 @@ def ahead(work: Callable[[Unit], Result], units: Iterable[Unit], device: str, at
         yield from _pooled(work, units, at_once, at_once + 1)
 
 
-BLOCKS_AHEAD = 2
+GROUPS_AHEAD = 2
 
 
 def parts_ahead(work: Callable[[Unit], Result], groups: Iterable[Sequence[Unit]]) -> Iterator[list[Result]]:
-    """`map(work, group)` of each group, of which BLOCKS_AHEAD are begun before they are asked for: AHEAD threads share the first one's
+    """`map(work, group)` of each group, of which GROUPS_AHEAD are begun before they are asked for: AHEAD threads share the first one's
     parts before those of the next, so that it is there as soon as may be."""
     with ThreadPoolExecutor(AHEAD) as pool:
         waiting: deque[list[Future[Result]]] = deque()
         try:
             for group in groups:
                 waiting.append([pool.submit(work, part) for part in group])
-                if len(waiting) > BLOCKS_AHEAD:
+                if len(waiting) > GROUPS_AHEAD:
                     yield [part.result() for part in waiting.popleft()]
             while waiting:
                 yield [part.result() for part in waiting.popleft()]

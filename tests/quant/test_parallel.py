@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from buildsys.quant.parallel import AHEAD, BLOCKS_AHEAD, Behind, ahead, has_matrix_units, ordered, parts_ahead, tensor_cores
+from buildsys.quant.parallel import AHEAD, GROUPS_AHEAD, Behind, ahead, has_matrix_units, ordered, parts_ahead, tensor_cores
 from buildsys.step import Resources
 
 RESOURCES = [Resources(threads, batch) for threads in (1, 2, 5) for batch in (1, 8)]
@@ -158,10 +158,10 @@ def test_parts_of_the_next_groups_are_begun_and_results_stay_together() -> None:
     results = parts_ahead(lambda part: (began.append(part), -part)[1], ([3 * at, 3 * at + 1, 3 * at + 2] for at in range(8)))
     assert next(results) == [0, -1, -2]
     for _ in range(500):
-        if len(began) == 3 * (BLOCKS_AHEAD + 1):
+        if len(began) == 3 * (GROUPS_AHEAD + 1):
             break
         time.sleep(0.01)
-    assert sorted(began) == list(range(3 * (BLOCKS_AHEAD + 1)))
+    assert sorted(began) == list(range(3 * (GROUPS_AHEAD + 1)))
     assert list(results) == [[-3 * at, -3 * at - 1, -3 * at - 2] for at in range(1, 8)]
 
 
