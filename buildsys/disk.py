@@ -31,6 +31,11 @@ def writing(where: Path | str) -> Iterator[None]:
         raise known from error
 
 
+def user_cache() -> Path:
+    """What is kept for this user beside all workspaces, and may go at any time. RuntimeError: nobody's home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "buildsys"
+
+
 def explained(error: BaseException, where: Path | str) -> BuildError | None:
     """The BuildError for a disk that is full or may not be written, also where a library wrapped the OSError; None for anything else."""
     seen: BaseException | None = error

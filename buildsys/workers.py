@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from buildsys import disk
+from buildsys.bytecode import kept
 from buildsys.errors import BuildError, BuildErrors
 from buildsys.worker import ENVIRONMENT, STEPS, Job, Progress
 
@@ -146,7 +147,7 @@ class Worker:
 def _environment() -> dict[str, str]:
     """The child's environment; it imports the buildsys that its driver has, also where that is not installed."""
     root = str(Path(__file__).resolve().parent.parent)
-    environment = {**os.environ, **ENVIRONMENT}
+    environment = kept({**os.environ, **ENVIRONMENT})
     if root not in (*site.getsitepackages(), site.getusersitepackages()):
         # Parts of the path that only the driver has (a test's folder) come too.
         environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -26,14 +26,10 @@ LOGIN = "set OPENXLAB_AK and OPENXLAB_SK to an access key of openxlab.org.cn (ac
 Progress = Callable[[str, int, int], None]
 
 
-def cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "buildsys"
-
-
 def environment() -> Path:
     """The environment that is used, or will be made."""
     named = os.environ.get("BUILDSYS_OPENXLAB_VENV")
-    return Path(named) if named else cache() / f"{PIN.replace('==', '-')}-py{sys.version_info.major}.{sys.version_info.minor}"
+    return Path(named) if named else disk.user_cache() / f"{PIN.replace('==', '-')}-py{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def ready() -> bool:
@@ -86,7 +82,7 @@ def _make_alone(folder: Path, interpreter: Path, progress: Progress) -> None:
 
 def ask(repo: str, job: Mapping[str, Any], where: str, progress: Progress, tick: Callable[[int], None] = lambda count: None) -> Any:
     """The runner's answer to one job (openxlab_runner.py). Raises BuildError at `where`."""
-    home = cache() / "openxlab"  # the client keeps its notes of cut uploads under its home
+    home = disk.user_cache() / "openxlab"  # the client keeps its notes of cut uploads under its home
     with disk.writing(home):
         (home / ".openxlab").mkdir(parents=True, exist_ok=True, mode=0o700)
     told = {

@@ -17,6 +17,7 @@ from openxlab_server import KEY, SECRET, SECRETS, OpenXLabServer
 from publishers.places import release
 from pydantic import ValidationError
 
+from buildsys import disk
 from buildsys.errors import BuildError
 from buildsys.hubs import openxlab as client
 from buildsys.publishers import Receipt, Release, openxlab
@@ -107,7 +108,7 @@ def test_other_tokens_stay_here(bare: Path, one: Release, tmp_path: Path, monkey
     bare.chmod(0o755)
     refused(one)
     seen = (tmp_path / "seen").read_text()
-    assert KEY in seen and "hf_canary" not in seen and f"HOME={client.cache()}" in seen
+    assert KEY in seen and "hf_canary" not in seen and f"HOME={disk.user_cache()}" in seen
 
 
 def test_the_process_ends_with_whoever_asked(bare: Path, tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_plan_says_what_it_cannot_do(one: Release, server: OpenXLabServer, monke
     lines = openxlab.plan(KNOBS, one, TO)
     assert "experimental" in lines[0] and "no rollback" in lines[1] and "make a Python environment" in lines[2]
     assert any("deploy/lmdeploy.yaml" in line and "as deploy--lmdeploy.yaml" in line for line in lines)
-    assert not server.log and not client.cache().exists()
+    assert not server.log and not disk.user_cache().exists()
     with pytest.raises(BuildError, match="no earlier release"):
         openxlab.rollback(KNOBS, one.digest, TO, quiet)
 
