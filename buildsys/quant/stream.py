@@ -202,7 +202,8 @@ class Walk:
 
     def _together(self, share: Callable[[str, Sequence[int]], Squares], width: int) -> Tensor:
         """The sum of all devices' shares [width, width], in their order, on the first."""
-        if self._resources.device != "cpu" and 4 * width * width >= LARGE_BYTES:
+        matrix_bytes = 4 * width * width
+        if self._resources.device != "cpu" and matrix_bytes >= LARGE_BYTES and min(self._room.values()) < matrix_bytes:
             # What smaller tensors left in pieces holds no matrix of this size, and would be kept beside it. Nobody computes meanwhile.
             for device in self._resources.devices:
                 torch.cuda.synchronize(device)
