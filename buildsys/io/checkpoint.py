@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -77,32 +78,17 @@ class Checkpoint:
         file = self._find(name)[0]
         return headers.place(file, self._paths[file])
 
-    def load(
-        self, name: str, dtype: torch.dtype | None = torch.float32, device: str = "cpu", *, finite: bool = True, pinned: bool = False
-    ) -> Tensor:
+    def load(self, name: str, dtype: torch.dtype | None = torch.float32, device: str = "cpu", *, finite: bool = True) -> Tensor:
         """The tensor in memory of its own; `dtype=None` keeps the stored type.
 
         NaN and Inf are refused, since arithmetic would spread them, unless `finite` is false: for a check that looks for them itself.
-        `pinned`: in the host's memory that a GPU copies from; of its stored type without a look at it, for which a GPU has more time
-        (`refuse_infinite`).
         """
         file, entry = self._find(name)
         where, stored = self.where(name), DTYPES[entry.dtype]
         if dtype is not None and dtype.is_floating_point and not stored.is_floating_point:
             fix = "give the model in F16, BF16 or F32, not one that is quantized already"
             raise BuildError(where, f"tensor {name} holds {entry.dtype}; floating-point numbers are needed", fix)
-        if pinned and dtype in (None, stored):
-            return _straight(self._paths[file], entry, stored, where)
-        filled = _fill(self._paths[file], name, entry, dtype or stored, device, where, finite)
-        return filled.pin_memory() if pinned else filled
-
-    def refuse_infinite(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raises BuildError, as `load` does, where one of these tensors, by their names, holds NaN or Inf; asks a GPU once for all."""
-        held = {name: tensor.float() if tensor.dtype.itemsize == 1 else tensor for name, tensor in tensors.items() if tensor.numel()}
-        ends = [torch.isfinite(torch.stack(torch.aminmax(tensor))).all() for tensor in held.values()]
-        for name, fine in zip(held, torch.stack(ends).tolist() if ends else (), strict=True):
-            if not fine:
-                raise _infinite(self.where(name), name, "holds NaN or Inf")
+        return _read(self._paths[file], name, entry, dtype or stored, device, where, finite)
 
     def _find(self, name: str) -> tuple[str, Entry]:
         if name not in self._found:
@@ -111,25 +97,20 @@ class Checkpoint:
         return self._found[name]
 
 
-def _straight(path: Path, entry: Entry, stored: torch.dtype, where: str) -> Tensor:
-    """A fresh tensor in pinned memory, as it is stored: the file's bytes are copied once."""
-    filled = torch.empty(entry.shape, dtype=stored, pin_memory=True)
-    if entry.bytes:
-        with path.open("rb", buffering=0) as file:
-            _pread(file.fileno(), filled.view(-1).view(torch.uint8), entry.start, where)
-    return filled
+def _read(path: Path, name: str, entry: Entry, dtype: torch.dtype, device: str, where: str, finite: bool) -> Tensor:
+    """A fresh tensor with the entry's values in `dtype`."""
+    sent = _sent(path, entry, dtype, device, where, finite) if device.startswith("cuda") and entry.bytes else None
+    if sent is not None:
+        return sent
+    return _filled(path, name, entry, dtype, where, finite).to(device)  # which tells what is wrong with it, where something is
 
 
-def _infinite(where: str, name: str, what: str) -> BuildError:
-    return BuildError(where, f"tensor {name} {what}", "take the model from its publisher again, or another of its revisions")
-
-
-def _fill(path: Path, name: str, entry: Entry, dtype: torch.dtype, device: str, where: str, finite: bool) -> Tensor:
-    """A fresh tensor with the entry's values in `dtype`, read piece by piece."""
+def _filled(path: Path, name: str, entry: Entry, dtype: torch.dtype, where: str, finite: bool) -> Tensor:
+    """In the host's memory, piece by piece."""
     stored = DTYPES[entry.dtype]
-    filled = torch.empty(entry.shape, dtype=dtype, device=device)
+    filled = torch.empty(entry.shape, dtype=dtype)
     flat, width = filled.view(-1), headers.WIDTHS[entry.dtype]
-    piece = torch.empty(min(_PIECE_BYTES, entry.bytes), dtype=torch.uint8, pin_memory=device != "cpu")
+    piece = torch.empty(min(_PIECE_BYTES, entry.bytes), dtype=torch.uint8)
     with path.open("rb", buffering=0) as file:
         for start in range(entry.start, entry.end, _PIECE_BYTES):
             raw = piece[: min(_PIECE_BYTES, entry.end - start)]
@@ -138,8 +119,45 @@ def _fill(path: Path, name: str, entry: Entry, dtype: torch.dtype, device: str, 
             into = flat[first : first + values.numel()]
             into.copy_(values)
             if finite and stored.is_floating_point and not _is_finite(into):
-                raise _infinite(where, name, f"does not fit {dtype}" if _is_finite(values.to(torch.float64)) else "holds NaN or Inf")
+                what = f"does not fit {dtype}" if _is_finite(values.to(torch.float64)) else "holds NaN or Inf"
+                raise BuildError(where, f"tensor {name} {what}", "take the model from its publisher again, or another of its revisions")
     return filled
+
+
+def _sent(path: Path, entry: Entry, dtype: torch.dtype, device: str, where: str, finite: bool) -> Tensor | None:
+    """On a GPU, through two pieces of pinned memory: one is read while the other is copied, and the GPU converts. Nothing here waits for
+    what else the GPU was asked to do. None: NaN or Inf, where that is not allowed."""
+    reader, stream, width = torch.cuda.current_stream(device), _copies(device), headers.WIDTHS[entry.dtype]
+    with path.open("rb", buffering=0) as file, torch.cuda.stream(stream):
+        filled = torch.empty(entry.shape, dtype=dtype, device=device)
+        flat, size = filled.view(-1), min(_PIECE_BYTES, entry.bytes)
+        pieces = [_Piece(size) for _ in range(min(2, -(-entry.bytes // size)))]
+        for at, start in enumerate(range(entry.start, entry.end, _PIECE_BYTES)):
+            piece = pieces[at % 2]
+            piece.copied.synchronize()
+            raw = piece.held[: entry.end - start]
+            _pread(file.fileno(), raw, start, where)
+            values, first = raw.view(DTYPES[entry.dtype]), (start - entry.start) // width
+            flat[first : first + values.numel()] = values.to(device, non_blocking=True)
+            piece.copied.record()
+        fine = not finite or not dtype.is_floating_point or _is_finite(filled)
+        stream.record_event().synchronize()
+    filled.record_stream(reader)  # whoever frees it may not give it to the next copy before the reader's work is done
+    return filled if fine else None
+
+
+class _Piece:
+    """Pinned memory, and when a GPU has copied what was last in it."""
+
+    def __init__(self, size: int) -> None:
+        self.held = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+@cache
+def _copies(device: str) -> torch.cuda.Stream:
+    """Of all copies to a GPU, since each stream has a pool of memory of its own."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _is_finite(values: Tensor) -> bool:
@@ -299,7 +317,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 def load(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """Every tensor of one file in its stored type. The inverse of `save`; its notes are in `headers.read(path).metadata`."""
     found = headers.read(path).tensors
-    return {name: _fill(path, name, found[name], DTYPES[found[name].dtype], device, str(path), finite=False) for name in sorted(found)}
+    return {name: _read(path, name, found[name], DTYPES[found[name].dtype], device, str(path), finite=False) for name in sorted(found)}
 
 
 def _partial(path: Path) -> Path:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,9 @@ from buildsys.io.checkpoint import Checkpoint
 from buildsys.quant.block import Block, rms_norm
 from buildsys.quant.linear import QuantizedLinear
 from buildsys.quant.parallel import has_matrix_units, parts_ahead
-from buildsys.scheme import Activations, Scheme, Schemes
+from buildsys.scheme import Scheme, Schemes
 
+BLOCKS_AHEAD = 2  # of what a GPU computes with
 KEEP_BYTES = 5 << 30  # of hidden states that may stay on a GPU: 128 windows of 2,048 tokens of a model 4,096 wide take 4 GiB
 HEAD_CHUNK_TOKENS = 256  # logits of this many tokens at a time: vocabularies are wide
 
@@ -43,41 +44,41 @@ class Model:
         half = stored in (torch.float16, torch.bfloat16) if self.device != "cpu" else stored == torch.bfloat16 and has_matrix_units()
         return replace(self, dtype=stored) if half else self
 
-    def blocks(self, layers: Iterable[int], alone: bool = False) -> Iterator[Block]:
-        """These blocks of a float model in turn. While a GPU computes with one, the next is on its way there, unless a block is to be
-        `alone` there, and those after it are read into pinned host memory; NaN and Inf are looked for on the GPU."""
+    def blocks(self, layers: Iterable[int], ahead: int = BLOCKS_AHEAD) -> Iterator[Block]:
+        """These blocks in turn. Where a GPU computes with one, `ahead` more are on their way there, several tensors at a time."""
         if self.device == "cpu":
             yield from map(self.block, layers)
             return
-        there = (block.to(self.device) for block in self._read(layers)) if alone else _uploaded(self._read(layers), self.device)
-        yield from map(self._finite, there)  # which holds no block once it is given
-
-    def _read(self, layers: Iterable[int]) -> Iterator[Block]:
-        a, names = self.architecture, list(self.architecture.block_tensors())
         layers, asked = itertools.tee(layers)
-        parts = ([a.prefix(layer) + name for name in names] for layer in asked)
-        for tensors in parts_ahead(lambda name: self.checkpoint.load(name, self.dtype, pinned=True), parts):
-            yield Block(a, next(layers), dict(zip(names, tensors, strict=True)), self.keep_kv)
-
-    def _finite(self, block: Block) -> Block:
-        named = {self.architecture.prefix(block.layer) + name: tensor for name, tensor in block.weights.items()}
-        self.checkpoint.refuse_infinite({name: tensor for name, tensor in named.items() if name in self.checkpoint})
-        return block
+        yield from map(self._whole, layers, parts_ahead(lambda read: read(), map(self._reads, asked), ahead))  # which holds no block itself
 
     def block(self, layer: int) -> Block:
         """Block `layer`, its packed linears dequantized."""
+        return self._whole(layer, [read() for read in self._reads(layer)])
+
+    def _reads(self, layer: int) -> list[Callable[[], tuple[str, Tensor]]]:
+        """What reads each tensor of a block, the largest first, with its name there."""
+        prefix, shapes = self.architecture.prefix(layer), self.architecture.block_tensors()
+        packed = {f"{name}.weight": prefix + name for name in self._schemes(layer)}
+
+        def read(name: str) -> tuple[str, Tensor]:
+            if name in packed:
+                return name, self.linear(packed[name]).dequantize(self.dtype)
+            return name, self.checkpoint.load(prefix + name, self.dtype, self.device)
+
+        return [partial(read, name) for name in sorted(shapes, key=lambda name: -math.prod(shapes[name]))]
+
+    def _whole(self, layer: int, weights: Iterable[tuple[str, Tensor]]) -> Block:
+        rounded = {name: scheme.activations for name, scheme in self._schemes(layer).items() if scheme.activations != "none"}
+        return Block(self.architecture, layer, dict(weights), self.keep_kv, rounded)
+
+    def _schemes(self, layer: int) -> dict[str, Scheme]:
+        """Of a block's packed linears, by their names in it."""
+        if self.schemes is None:
+            return {}
         prefix = self.architecture.prefix(layer)
-        weights: dict[str, Tensor] = {}
-        rounded: dict[str, Activations] = {}
-        for linear in self.architecture.linears:
-            scheme = self.schemes.of(prefix + linear.name) if self.schemes is not None else None
-            if scheme is not None:
-                weights[f"{linear.name}.weight"] = self.linear(prefix + linear.name).dequantize(self.dtype)
-                rounded |= {linear.name: scheme.activations} if scheme.activations != "none" else {}
-        for name in self.architecture.block_tensors():
-            if name not in weights:
-                weights[name] = self.checkpoint.load(prefix + name, self.dtype, self.device)
-        return Block(self.architecture, layer, weights, self.keep_kv, rounded)
+        found = {linear.name: self.schemes.of(prefix + linear.name) for linear in self.architecture.linears}
+        return {name: scheme for name, scheme in found.items() if scheme is not None}
 
     def linear(self, name: str) -> QuantizedLinear:
         """The codes of one packed linear, by its whole name."""
@@ -107,27 +108,6 @@ class Model:
         norm = self.checkpoint.load(a.final_norm, torch.float32, self.device)
         weight = self.checkpoint.load(a.lm_head or a.embed, torch.float32, self.device)
         return Head(norm, weight, a.rms_norm_eps)
-
-
-def _uploaded(blocks: Iterable[Block], device: str) -> Iterator[Block]:
-    """Each block on a GPU; the next one's copy, on a stream of its own, has begun by then."""
-    stream, coming = torch.cuda.Stream(device), deque[tuple[Block, torch.cuda.Event]]()  # type: ignore[no-untyped-call]
-
-    def arrived() -> Block:
-        block, copied = coming.popleft()
-        computes = torch.cuda.current_stream(device)
-        computes.wait_event(copied)
-        for tensor in block.weights.values():
-            tensor.record_stream(computes)  # what frees it may not give it to the next copy before this stream is done with it
-        return block
-
-    for block in blocks:
-        with torch.cuda.stream(stream):
-            coming.append((block.to(device), stream.record_event()))
-        if len(coming) > 1:
-            yield arrived()
-    while coming:
-        yield arrived()
 
 
 @dataclass(frozen=True)

@@ -191,11 +191,11 @@ def calibrate(
 
 def load_stats(path: Path, device: str = "cpu") -> dict[Site, SiteStats]:
     """One block's statistics by site: those where linears read, and those where scales are folded in."""
-    found = load(path)
+    found = load(path, device)
     sent: list[int] = found[SENT].tolist() if SENT in found else []
     stats: dict[Site, SiteStats] = {}
     for site in (name.removesuffix(".gram") for name in found if name.endswith(".gram")):
-        absmean, absmax, gram = (found[f"{site}.{part}"].to(device) for part in ("absmean", "absmax", "gram"))
+        absmean, absmax, gram = (found[f"{site}.{part}"] for part in ("absmean", "absmax", "gram"))
         expert = site.partition(".")[2]
         stats[site] = SiteStats(absmean, absmax, gram, sent[int(expert)] if expert else None)
     return stats

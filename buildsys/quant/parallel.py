@@ -64,9 +64,18 @@ def aside(work: Callable[[], Result], device: str) -> Callable[[], Result]:
     return _begun(work, device).result
 
 
-def beforehand(work: Callable[[str], None], devices: Sequence[str]) -> Callable[[], None]:
-    """Begins `work(device)` on GPUs for what it leaves loaded there, on a CPU nothing; the answer waits until it has ended, however."""
-    begun = [_begun(partial(work, device), device) for device in devices if device != "cpu"]
+def beforehand(works: Sequence[Callable[[str], None]], devices: Sequence[str]) -> Callable[[], None]:
+    """Begins every `work(device)` on GPUs for what it leaves loaded there, on a CPU nothing; the answer waits until all ended, however.
+
+    Each runs in a thread of its own, since a compiler lets others run, and then in the device's, where libraries keep its handles."""
+
+    def all_on(device: str) -> None:
+        with ThreadPoolExecutor(len(works)) as pool:
+            wait([pool.submit(_there, work, device) for work in works])
+        for work in works:
+            work(device)
+
+    begun = [_begun(partial(all_on, device), device) for device in devices if device != "cpu" and works]
 
     def waited() -> None:
         wait(begun)
@@ -74,12 +83,13 @@ def beforehand(work: Callable[[str], None], devices: Sequence[str]) -> Callable[
     return waited
 
 
-def _begun(work: Callable[[], Result], device: str) -> Future[Result]:
-    def there() -> Result:
-        with torch.cuda.device(device), torch.no_grad():  # both are a thread's own
-            return work()
+def _there(work: Callable[[str], Result], device: str) -> Result:
+    with torch.cuda.device(device), torch.no_grad():  # both are a thread's own
+        return work(device)
 
-    return _thread(device).submit(there)
+
+def _begun(work: Callable[[], Result], device: str) -> Future[Result]:
+    return _thread(device).submit(_there, lambda _: work(), device)
 
 
 @cache
@@ -125,7 +135,7 @@ class _Streams:
     Without a GPU, as threads are tested, there are none."""
 
     def __init__(self, device: str, count: int) -> None:
-        self._device = device if torch.cuda.is_available() else "cpu"
+        self._device = device if device.startswith("cuda") and torch.cuda.is_available() else "cpu"
         self._free: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
         for _ in range(count if self._device != "cpu" else 0):
             self._free.put(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
@@ -162,18 +172,15 @@ def ahead(work: Callable[[Unit], Result], units: Iterable[Unit], device: str, at
         yield from _pooled(work, units, at_once, at_once + 1)
 
 
-GROUPS_AHEAD = 2
-
-
-def parts_ahead(work: Callable[[Unit], Result], groups: Iterable[Sequence[Unit]]) -> Iterator[list[Result]]:
-    """`map(work, group)` of each group, of which GROUPS_AHEAD are begun before they are asked for: AHEAD threads share the first one's
+def parts_ahead(work: Callable[[Unit], Result], groups: Iterable[Sequence[Unit]], groups_ahead: int) -> Iterator[list[Result]]:
+    """`map(work, group)` of each group, of which `groups_ahead` are begun before they are asked for: AHEAD threads share the first one's
     parts before those of the next, so that it is there as soon as may be."""
     with ThreadPoolExecutor(AHEAD) as pool:
         waiting: deque[list[Future[Result]]] = deque()
         try:
             for group in groups:
                 waiting.append([pool.submit(work, part) for part in group])
-                if len(waiting) > GROUPS_AHEAD:
+                if len(waiting) > groups_ahead:
                     yield [part.result() for part in waiting.popleft()]
             while waiting:
                 yield [part.result() for part in waiting.popleft()]

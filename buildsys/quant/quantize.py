@@ -19,10 +19,10 @@ from buildsys import disk
 from buildsys.architecture import Site, scale_site
 from buildsys.quant.block import Block
 from buildsys.quant.blocks import load_block, packed
-from buildsys.quant.model import Model
+from buildsys.quant.model import BLOCKS_AHEAD, Model
 from buildsys.quant.observe import Progress, SiteStats, load_stats
 from buildsys.quant.parallel import Behind, ahead, aside, beforehand, on_each
-from buildsys.quant.rounding import Job, Rounded, activations, rescale, round_block, toy
+from buildsys.quant.rounding import Job, Rounded, activations, rescale, round_block, toys
 from buildsys.quant.stream import Walk
 from buildsys.step import Resources, nobody_waits
 
@@ -53,7 +53,7 @@ def quantize(
     left = [layer for layer in layers if not (folder / block_name(layer)).exists()]  # files appear whole or not at all
     if not left:  # all was done when a commit was killed: a GPU would be warm for nobody
         return
-    warm = beforehand(partial(toy, job, model.architecture, model.dtype), resources.devices)
+    warm = beforehand(toys(job, model.architecture, model.dtype), resources.devices)
     work = _Work(model, job, stats, left, folder, resources, progress, tell, warm)
     if tokens is None or not job.sees_tokens:
         work.shared_out()
@@ -82,7 +82,7 @@ class _Work:
 
         def share(device: str, places: range) -> None:
             with Behind(device, WRITERS) as writer:
-                for block, seen in self.observed(device, [self.left[at] for at in places]):
+                for block, seen in self.observed(device, [self.left[at] for at in places], BLOCKS_AHEAD):
                     block, scales = rescale(block, seen, self.job)
                     moments = {site: seen[site].divided(scales[scale_site(site)]) for site in architecture.sites}
                     self._write(writer, block.layer, round_block(block, self.job, moments, None, (device,))[0])
@@ -110,16 +110,17 @@ class _Work:
         source, block = rescaled.next()
         wanted = walk.answers(source)
         del source  # as large as anything that is to come
-        rounded, weights = round_block(block, self.job, {}, walk, self.resources.devices, rescaled.begin)
+        rounded, weights = round_block(block, self.job, {}, walk, self.resources.devices, rescaled.begin_apart)
+        rescaled.begin()
         finished = replace(block, weights=weights, activations=activations(block, self.job))
         error = {"block_error": walk.error(finished, wanted)}
         notes = {**rounded.notes, block.architecture.prefix(block.layer).rstrip("."): error}
         self._write(writer, block.layer, replace(rounded, notes=notes))
         return finished
 
-    def observed(self, device: str, layers: Sequence[int], alone: bool = False) -> Iterator[tuple[Block, Mapping[Site, SiteStats]]]:
+    def observed(self, device: str, layers: Sequence[int], blocks_ahead: int) -> Iterator[tuple[Block, Mapping[Site, SiteStats]]]:
         """These blocks on a device, each with its statistics, from when the device is warm."""
-        blocks = replace(self.model, device=device).blocks(layers, alone)
+        blocks = replace(self.model, device=device).blocks(layers, blocks_ahead)
 
         def coming() -> Block:  # which nobody here holds on to, as zip would
             block = next(blocks)
@@ -144,18 +145,24 @@ class _Work:
 
 class _Rescaled:
     """The blocks that are left in turn: each as it is, wherever that may be, and rescaled, where the walk is. No rescaler asks what the
-    blocks before it became: of several GPUs the last begins with the next one while the first factors what only one can."""
+    blocks before it became: of several GPUs the last begins with the next one while the first factors what only one can. A GPU alone has
+    room for it when the one before is rounded."""
 
     def __init__(self, work: _Work) -> None:
         self._home, self._there = work.resources.devices[0], work.resources.devices[-1]
         self._job, self._left = work.job, len(work.left)
-        alone = self._there == self._home  # where the walk needs the room, and takes long enough
-        self._blocks = work.observed(self._there, work.left, alone)
+        self._apart = self._there != self._home
+        self._blocks = work.observed(self._there, work.left, BLOCKS_AHEAD if self._apart else 0)
         self._begun: Callable[[], tuple[Block, Block]] | None = None
 
+    def begin_apart(self) -> None:
+        """`begin` on a GPU that the walk leaves alone, where there is one."""
+        if self._apart:
+            self.begin()
+
     def begin(self) -> None:
-        """The next one, beside what the caller does, where there is a GPU for it."""
-        if self._there != self._home and self._left and self._begun is None:
+        """The next one, on a GPU beside what the caller does."""
+        if self._there != "cpu" and self._left and self._begun is None:
             self._begun = aside(self._next, self._there)
 
     def next(self) -> tuple[Block, Block]:

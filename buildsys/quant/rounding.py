@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType, ModuleType
 from typing import Any
 
@@ -187,17 +188,25 @@ def _norms(weight: Tensor, made: Rounding, rounded: Tensor, sizes: list[int], gr
     return [part.sum(1) for part in torch.split(norms, sizes, 1)]
 
 
-def toy(job: Job, a: Architecture, dtype: torch.dtype, device: str) -> None:
-    """What every block will be asked, of a few weights of the same types: a GPU's code is loaded, and some of it compiled, when it is first
-    asked for, which takes as long as reading the first block."""
+def toys(job: Job, a: Architecture, dtype: torch.dtype) -> list[Callable[[str], None]]:
+    """What every block will be asked, on a device of a few weights of the same types: a GPU's code is loaded, and some of it compiled, when
+    it is first asked for, which takes as long as reading the first block."""
     schemes = {job.schemes.of(a.prefix(0) + linear.name) for linear in a.linears}
     outs = {of([sum(linear.out_features for linear in a.at(site)) for site in a.sites]) for of in (min, max)}
-    gram = torch.eye(2 * GRAM_BLOCK, device=device)
-    stats = SiteStats(gram.sum(0), gram.sum(0), torch.eye(GRAM_BLOCK, device=device).repeat(2, 1, 1))
-    for scheme in schemes - {None}:
-        for rows in outs:
-            weight = torch.linspace(-1, 1, rows * len(gram), device=device).view(rows, -1).to(dtype)
-            for method in job.rescalers:
-                method.module.rescale([weight], stats, None, scheme, method.knobs)
-            for method in (job.rounder, *job.own.values()):
-                method.module.round_weights(weight.float(), gram, scheme, method.knobs, (device,))
+
+    def rescaled(method: Method, scheme: Scheme, rows: int, device: str) -> None:
+        gram = torch.eye(GRAM_BLOCK, device=device).repeat(2, 1, 1)
+        seen = SiteStats(gram.sum(1).flatten(), gram.sum(1).flatten(), gram)
+        method.module.rescale([_ramp(rows, device).to(dtype)], seen, None, scheme, method.knobs)
+
+    def rounded(method: Method, scheme: Scheme, rows: int, device: str) -> None:
+        method.module.round_weights(_ramp(rows, device), torch.eye(2 * GRAM_BLOCK, device=device), scheme, method.knobs, (device,))
+
+    rounders = (job.rounder, *job.own.values())
+    kinds = [*((rescaled, method) for method in job.rescalers), *((rounded, method) for method in rounders)]
+    return [partial(work, method, scheme, rows) for scheme in schemes if scheme is not None for rows in outs for work, method in kinds]
+
+
+def _ramp(rows: int, device: str) -> Tensor:
+    """[rows, 2 * GRAM_BLOCK]"""
+    return torch.linspace(-1, 1, rows * 2 * GRAM_BLOCK, device=device).view(rows, -1)

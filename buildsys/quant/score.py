@@ -19,7 +19,7 @@ from torch import Tensor
 from buildsys.quant.block import Block, Rotary
 from buildsys.quant.model import Head, Model, chunks
 from buildsys.quant.observe import Progress
-from buildsys.quant.parallel import ahead, ordered
+from buildsys.quant.parallel import ordered
 from buildsys.quant.rotary import tables
 from buildsys.step import Resources
 
@@ -57,7 +57,7 @@ def score_caches(
     # windows x streams x [tokens, hidden]: the source first, then a stream for each cache
     hidden = [(one, *(other,) * len(keeps)) for one, other in zip(source.embed(tokens), quantized.embed(tokens), strict=True)]
     drift: list[list[float]] = []
-    both = (ahead(model.block, range(layers), resources.device, BLOCKS_AHEAD) for model in (source, quantized))
+    both = (model.blocks(range(layers), BLOCKS_AHEAD) for model in (source, quantized))
     for layer, (float_block, unpacked) in enumerate(zip(*both, strict=True)):
         blocks = float_block, *(replace(unpacked, keep_kv=keep) for keep in keeps)
         for at, after in enumerate(ordered(partial(_forward, blocks, rotary), hidden, resources)):

@@ -135,16 +135,28 @@ def test_nan_and_inf_are_refused_by_name(dtype: torch.dtype, value: float, tmp_p
     assert found.load("model.w", None, finite=False).shape == (9,)
 
 
-def test_of_many_tensors_the_one_that_holds_nan_is_named(tmp_path: Path) -> None:
-    held = {name: torch.ones(3, dtype=torch.bfloat16) for name in ("a", "b", "c")}
-    held |= {"none": torch.empty(0), "bytes": torch.ones(2, dtype=torch.float8_e5m2)}
-    held["b"][1] = torch.nan
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies to a GPU")
+@pytest.mark.parametrize("piece", [8, 24, 1 << 20])
+def test_a_gpu_gets_what_the_host_would(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {name: torch.randn(37).to(DTYPES[name]) for name in ("F64", "F32", "F16", "BF16", "F8_E4M3")}
+    held |= {"codes": torch.arange(37, dtype=torch.int32), "none": torch.empty(0, 3), "one": torch.tensor(2.5)}
     found = model(tmp_path, held)
-    found.refuse_infinite({name: tensor for name, tensor in held.items() if name != "b"})
-    found.refuse_infinite({})
-    with pytest.raises(BuildError, match=r"tensor b holds NaN or Inf") as caught:
-        found.refuse_infinite(held)
-    assert caught.value.where == str(tmp_path / SINGLE)
+    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", piece)
+    for dtype in (None, torch.float32, torch.bfloat16):
+        for name in held if dtype is None else held.keys() - {"codes"}:
+            there = found.load(name, dtype, "cuda")
+            assert there.is_cuda and torch.equal(there.cpu().double(), found.load(name, dtype).double()), (name, dtype)
+    assert all(torch.equal(there.cpu().double(), held[name].double()) for name, there in load(tmp_path / SINGLE, "cuda").items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies to a GPU")
+def test_what_a_gpu_cannot_compute_with_is_refused_as_on_the_host(tmp_path: Path) -> None:
+    held = {"fine": torch.ones(9), "nan": torch.full((9,), torch.nan), "large": torch.tensor([1e5])}
+    found = model(tmp_path, held)
+    assert found.load("nan", None, "cuda", finite=False).isnan().all()
+    for name, dtype, what in (("nan", torch.float32, "holds NaN or Inf"), ("large", torch.float16, "does not fit torch.float16")):
+        with pytest.raises(BuildError, match=f"tensor {name} {what}"):
+            found.load(name, dtype, "cuda")
 
 
 def test_a_value_that_the_asked_type_cannot_hold(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_devices_that_share_the_work_make_what_one_makes(family: str, job: str, 
     monkeypatch.setattr(torch.cuda, "device", lambda device: (begun.append(device), nullcontext())[1])
     monkeypatch.setattr("buildsys.quant.stream._room", lambda device: 3 * 4 * LENGTH * SIZES["intermediate_size"] // 2)  # one window of two
     monkeypatch.setattr("buildsys.quant.stream.KEEP_BYTES", 0)
-    monkeypatch.setattr(Model, "blocks", lambda self, layers, alone=False: map(replace(self, device="cpu").block, layers))
+    monkeypatch.setattr(Model, "blocks", lambda self, layers, ahead=0: map(replace(self, device="cpu").block, layers))
     monkeypatch.setattr("buildsys.quant.quantize.quantized_weights", lambda path, device: quantized_weights(path, "cpu"))
     made = bench(tmp_path, family)
     alone = made.quantize(JOBS[job], tmp_path / "one")

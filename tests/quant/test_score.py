@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,9 +133,10 @@ class Counted:
     def __init__(self, model: Model) -> None:
         self._model, self.read = model, 0
 
-    def block(self, layer: int) -> Block:
-        self.read += 1
-        return self._model.block(layer)
+    def blocks(self, layers: Iterable[int], ahead: int) -> Iterator[Block]:
+        for block in self._model.blocks(layers, ahead):
+            self.read += 1
+            yield block
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
