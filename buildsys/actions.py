@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from buildsys import console as show
+from buildsys import publishing
 from buildsys.driver import Session, limits
 from buildsys.errors import BuildError, BuildErrors
 from buildsys.history import UNLESS, History, Ingredients, why
@@ -108,9 +109,9 @@ def publish_without_building(session: Session, names: list[str], to: str | None)
     """What would be sent or, with `to`, back to the release of that digest."""
     session.plan(names)
     for name in names:
-        session.publishable(name)
+        publishing.publishable(session, name)
     for name in names:
-        yield from session.rollback(name, to) if to is not None else session.rehearse(name)
+        yield from publishing.rollback(session, name, to) if to is not None else publishing.rehearse(session, name)
 
 
 def plans(session: Session, names: Sequence[str], format: str | None) -> Iterator[str]:

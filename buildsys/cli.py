@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from buildsys import __version__, actions, disk, pages
+from buildsys import __version__, actions, disk, pages, publishing
 from buildsys.console import Console
 from buildsys.driver import DEVICES, Session, Settings
 from buildsys.errors import BuildError
@@ -99,10 +99,10 @@ def publish(session: Session, recipes: list[str], said: Said) -> Iterator[str]:
         return
     session.plan(recipes)
     for name in recipes:
-        session.publishable(name)
+        publishing.publishable(session, name)
     yield from build(session, recipes, said)
     for name in recipes:
-        yield from session.publish(name)
+        yield from publishing.publish(session, name)
 
 
 def report(session: Session, recipes: list[str], said: Said) -> Iterable[str]:

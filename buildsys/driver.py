@@ -10,10 +10,10 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -25,7 +25,7 @@ from buildsys.console import Console
 from buildsys.errors import BuildError, BuildErrors
 from buildsys.history import History, Ingredients
 from buildsys.measurement import Verdict
-from buildsys.publishers import Progress, Receipt, Release
+from buildsys.publishers import Release
 from buildsys.slots import modules
 from buildsys.step import Step, digest, walk
 from buildsys.store import Artifact, Store
@@ -132,7 +132,7 @@ class Session:
         self.verdicts: dict[str, tuple[Verdict, ...]] = {}  # by recipe
         self.goodbye = "interrupted: what is finished is kept, and the same command goes on from there"  # what Ctrl-C is answered with
         self.releases: dict[str, Release] = {}  # by recipe
-        self._unpublished: set[str] = set()  # recipes whose publishing began and has not ended
+        self.unpublished: set[str] = set()  # recipes whose publishing began and has not ended
         self._artifacts: dict[str, Artifact] = {}  # by planned key
         self._histories: dict[str, History] = {}
         self._steps = steps
@@ -257,13 +257,14 @@ class Session:
         if failed:
             raise self._failed(plan, artifact, failed)
         facts = gather(plan, self.store, verdicts)
-        release = self.releases[name] = self._seal(facts)
+        release = self.releases[name] = self.seal(facts)
         self.store.link(name, release.tree)
         several = f"{name}: " if len(self.plans) > 1 else ""
         lines = [f"{several}{verdict.state:<7} {verdict.check:<9} {verdict.text}" for verdict in verdicts]
         return [*lines, f"{several}{self._signed()}"]
 
-    def _seal(self, facts: Facts) -> Release:
+    def seal(self, facts: Facts) -> Release:
+        """What is published of a build, in the store, signed where there is a key."""
         from buildsys.release import seal
 
         sealed = seal.seal(facts, self.store, self._signer)
@@ -279,74 +280,6 @@ class Session:
         from buildsys.release.signing import hint
 
         return f"signed    with the key {hint(self._signer.public)[:16]}"
-
-    def publish(self, name: str) -> Iterator[str]:
-        """Sends the judged release where the recipe says. Publishing looks at the other side each time, so it is never cached."""
-        self._unpublished.add(name)
-        recipe = self.plans[name].recipe
-        lost = [verdict for verdict in self.verdicts[name] if not _publishes(verdict, recipe)]
-        if lost:
-            text = "; ".join(f"{verdict.check} was {verdict.state}: {verdict.text}" for verdict in lost)
-            waive = f"publish: {{waive: [{', '.join(dict.fromkeys(verdict.check for verdict in lost))}]}}"
-            fix = f"run it where every declared check can run, or write {waive}"
-            raise BuildError(recipe.at("verify"), f"{name} is not published: {text}", fix)
-        for publisher, module, knobs, to in self._places(name):
-            receipt = self._send(name, publisher, partial(module.publish, knobs, self.releases[name], to))
-            yield f"published {name} -> {receipt.url} ({publisher}, read back, digest {receipt.digest[:16]})"
-        self._unpublished.discard(name)
-
-    def rehearse(self, name: str) -> list[str]:
-        """What `publish` would send of what is built; nothing is sent, and nothing is built."""
-        facts, recipe = self.facts(name), self.plans[name].recipe
-        lost = [f"check {verdict.check} {verdict.state}: {verdict.text}" for verdict in facts.verdicts if not _publishes(verdict, recipe)]
-        if lost:
-            raise BuildError(recipe.at("verify"), f"{name} would not be published: {'; '.join(lost)}", f"run `doit build recipe={name}`")
-        release = self._seal(facts)
-        lines = []
-        for publisher, module, knobs, to in self._places(name):
-            lines.append(f"{name} -> {publisher} {to}, release {release.digest[:16]}; nothing is sent:")
-            with self._at_recipe(name, publisher):
-                lines += [f"  {line}" for line in module.plan(knobs, release, to)]
-        return lines
-
-    def rollback(self, name: str, whole: str) -> Iterator[str]:
-        """Makes an earlier release the current one everywhere that the recipe publishes to; nothing is built."""
-        for publisher, module, knobs, to in self._places(name):
-            receipt = self._send(name, publisher, partial(module.rollback, knobs, whole, to))
-            yield f"rolled back {name} -> {receipt.url} ({publisher}, read back, digest {receipt.digest[:16]})"
-
-    def _places(self, name: str) -> Iterator[tuple[str, ModuleType, Any, Any]]:
-        recipe = self.plans[name].recipe
-        for publisher, knobs in recipe.publish.publishers.items():
-            module = modules("publishers")[publisher]
-            with self._at_recipe(name, publisher):
-                to = module.destination(knobs, recipe.folder("publish", publisher))
-            yield publisher, module, knobs, to
-
-    def _send(self, name: str, publisher: str, send: Callable[[Progress], Receipt]) -> Receipt:
-        task = f"publish {name}"
-        try:
-            with self._at_recipe(name, publisher):
-                return send(partial(self.console.progress, task, task))
-        finally:
-            self.console.finished(task)
-
-    @contextmanager
-    def _at_recipe(self, name: str, publisher: str) -> Iterator[None]:
-        """An error of a publisher is told at the recipe's line that names the publisher."""
-        try:
-            yield
-        except BuildError as error:
-            where = self.plans[name].recipe.at("publish", publisher)
-            raise BuildError(where, f"{error.where}: {error.what}", error.fix) from error
-
-    def publishable(self, name: str) -> None:
-        """Refuses a recipe that names no place to publish to, before anything is built for it."""
-        recipe = self.plans[name].recipe
-        if not recipe.publish.publishers:
-            raise BuildError(recipe.at("publish"), f"{name} names no place to publish to", "write publish: {directory: {path: …}}")
-        for _ in self._places(name):
-            pass  # a place that cannot be one is refused now, and not when all is built
 
     def facts(self, name: str) -> Facts:
         """What is known of the recipe's build, judged anew; a gate that fails is a fact. Raises BuildError where nothing is built."""
@@ -381,7 +314,7 @@ class Session:
             return f"{name}: not complete; {len(outcomes)} of {len(steps)} steps are done and kept"
         made = f"built {built} of {len(steps)} steps in {took}" if built else f"{len(steps)} steps, all cached"
         skipped = sum(verdict.state != "passed" for verdict in self.verdicts[name])
-        more = (f", {skipped} checks skipped" if skipped else "") + (", not published" if name in self._unpublished else "")
+        more = (f", {skipped} checks skipped" if skipped else "") + (", not published" if name in self.unpublished else "")
         return f"{name}: {made}{more} -> {self.store.root / name}"
 
     def beside(self, store: Store) -> Session:
@@ -513,11 +446,6 @@ def _whence(step: Step) -> dict[str, Any]:
     if "how" in step.hints:
         told["how"] = {name: value for name, value in step.hints["how"].items() if name != "files"}
     return {"hints": told} if told else {}
-
-
-def _publishes(verdict: Verdict, recipe: Recipe) -> bool:
-    """Whether a gate lets the artifact go out: it holds, or could not run here and the recipe waives that by name."""
-    return verdict.state == "passed" or (verdict.state == "skipped" and verdict.check in recipe.publish.waive)
 
 
 def release_step(plan: Plan) -> Step:

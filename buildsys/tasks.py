@@ -20,7 +20,7 @@ from buildsys import early  # noqa: F401  first of all: it begins what can begin
 # isort: split
 from doit.exceptions import TaskFailed
 
-from buildsys import actions, disk, pages
+from buildsys import actions, disk, pages, publishing
 from buildsys.driver import Session
 from buildsys.errors import BuildError
 from buildsys.invocation import Run, invocation, task_name
@@ -109,7 +109,7 @@ def _publish_tasks() -> Iterator[Task]:
     names = run.asked("publish") if "publish" in run.line.words and "recipe" in run.line.said else []
     selected = run.selected
     for name in {*names, *run.line.names("publish")}.intersection(selected):
-        run.session.publishable(name)
+        publishing.publishable(run.session, name)
     for name in selected:
         yield _plain(f"publish:{name}", (_act, [_publish, name]), task_dep=[f"build:{name}"], doc=f"publish {name}")
     action = None if names else (_act, [_which, "publish"])
@@ -333,7 +333,7 @@ def _judge(run: Run, name: str) -> Iterable[str]:
 
 
 def _publish(run: Run, name: str) -> Iterable[str]:
-    return run.session.publish(name)
+    return publishing.publish(run.session, name)
 
 
 def _look_or_go_back(run: Run) -> Iterator[str]:

@@ -49,7 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("causes", "unequal", "reference"),
     ("report",),
     ("review",),
-    ("driver",),
+    ("driver", "publishing"),
     ("versions", "fleet", "impact", "relock", "actions", "pages", "live", "reproduce", "invocation"),
     ("reporter",),
     ("tasks", "cli"),
