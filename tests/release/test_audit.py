@@ -151,10 +151,10 @@ def test_a_bit_of_any_file_without_the_key(signed: Path, plain: Path) -> None:
 
 
 def test_a_bit_of_every_part_of_a_model_signature_without_the_key(signed: Path) -> None:
-    """A bit in every 13th byte, in turn another one: whatever part of the file it is in."""
+    """A bit in every 31st byte, in turn another one: whatever part of the file it is in."""
     raw = (signed / SIGNATURE).read_bytes()
     value = json.loads(raw)["dsseEnvelope"]["signatures"][0]["sig"].encode()
-    for at in range(0, len(raw), 13):
+    for at in range(0, len(raw), 31):
         if not raw.index(value) <= at < raw.index(value) + len(value):
             with holding(signed / SIGNATURE, flip(signed / SIGNATURE, 8 * at + at % 7)):
                 assert SIGNATURE in found(signed), f"byte {at}"
