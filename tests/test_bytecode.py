@@ -11,6 +11,7 @@ import pytest
 
 from buildsys import disk
 from buildsys.bytecode import APART, FORBIDS, kept
+from buildsys.workers import _environment
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_what_was_compiled_at_installation_is_enough(installed: Path) -> None:
 
 def test_a_forbidden_one_is_kept_apart(installed: Path, tmp_path: Path) -> None:
     environment = kept({FORBIDS: "1", "A": "b"})
-    assert environment == {"A": "b", APART: str(disk.user_cache() / "bytecode")}
+    assert environment.keys() == {"A", APART} and Path(environment[APART]).parent == disk.user_cache() / "bytecode"
     line = [sys.executable, "-c", "import torch; torch.nothing()"]
     subprocess.run(line, check=True, env={**environment, "PYTHONPATH": str(installed.parent)})
     assert [path.name for path in (tmp_path / "cache").rglob("__init__*.pyc") if path.parent.name == "torch"]
@@ -45,7 +46,41 @@ def test_a_forbidden_one_is_kept_apart(installed: Path, tmp_path: Path) -> None:
 
 def test_so_is_that_of_packages_of_somebody_else(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, _: Path(path) != installed)  # root may write everywhere
-    assert kept({})[APART] == str(disk.user_cache() / "bytecode")
+    assert APART in kept({})
+
+
+def test_children_of_a_build_get_it(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FORBIDS, "1")
+    monkeypatch.delenv(APART, raising=False)
+    assert FORBIDS not in _environment() and Path(_environment()[APART]).is_dir()
+
+
+def test_who_names_a_folder_is_asked_for_no_other(installed: Path) -> None:
+    assert kept({FORBIDS: "1", APART: "/there"}) == {FORBIDS: "1", APART: "/there"}
+
+
+def test_other_packages_have_another_folder(installed: Path) -> None:
+    """Of one path, one size and one time Python could not tell them apart."""
+    one = kept({FORBIDS: "1"})
+    (installed.parent / "torch-2.99.dist-info").mkdir()
+    assert kept({FORBIDS: "1"})[APART] != one[APART]
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775])
+def test_nobody_else_may_write_there(installed: Path, tmp_path: Path, mode: int) -> None:
+    assert APART in kept({FORBIDS: "1"})
+    (tmp_path / "cache" / "buildsys" / "bytecode").chmod(mode)
+    assert kept({FORBIDS: "1"}) == {FORBIDS: "1"}
+
+
+def test_a_folder_of_somebody_else_is_not_used(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 4242)
+    assert kept({FORBIDS: "1"}) == {FORBIDS: "1"}
+
+
+def test_a_cache_that_cannot_be_made_changes_nothing(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    assert kept({FORBIDS: "1"}) == {FORBIDS: "1"}
 
 
 def test_who_has_no_home_compiles_each_time(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,20 +20,7 @@ PACKAGE = ROOT / "buildsys"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "console", "measurement", "scheme", "gpus", "slots", "step"),
-    (
-        "architecture",
-        "digests",
-        "disk",
-        "bytecode",
-        "document",
-        "deploy",
-        "located",
-        "locktext",
-        "lockfile",
-        "longrope",
-        "relayout",
-        "waking",
-    ),
+    ("architecture", "digests", "disk", "document", "deploy", "located", "locktext", "lockfile", "longrope", "relayout", "waking"),
     ("bytecode", "hashing", "store", "overlay", "locked", "footprint", "effort", "remedies"),
     ("io", "complaints"),
     ("hubs", "serving"),
