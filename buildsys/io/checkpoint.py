@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -131,19 +130,22 @@ def _sent(path: Path, entry: Entry, dtype: torch.dtype, device: str, where: str,
     with path.open("rb", buffering=0) as file, torch.cuda.stream(stream):
         filled = torch.empty(entry.shape, dtype=dtype, device=device)
         flat, size = filled.view(-1), min(_PIECE_BYTES, entry.bytes)
-        pieces = [_Piece(size) for _ in range(min(2, -(-entry.bytes // size)))]
+        pieces, fine = [_Piece(size) for _ in range(min(2, -(-entry.bytes // size)))], list[Tensor]()
         for at, start in enumerate(range(entry.start, entry.end, _PIECE_BYTES)):
             piece = pieces[at % 2]
             piece.copied.synchronize()
             raw = piece.held[: entry.end - start]
             _pread(file.fileno(), raw, start, where)
             values, first = raw.view(DTYPES[entry.dtype]), (start - entry.start) // width
-            flat[first : first + values.numel()] = values.to(device, non_blocking=True)
+            into = flat[first : first + values.numel()]
+            into.copy_(values.to(device, non_blocking=True))
+            if finite and dtype.is_floating_point:
+                fine.append(_finite(into))
             piece.copied.record()
-        fine = not finite or not dtype.is_floating_point or _is_finite(filled)
-        stream.record_event().synchronize()
+        piece.copied.synchronize()
+        allowed = not fine or bool(torch.stack(fine).all())
     filled.record_stream(reader)  # whoever frees it may not give it to the next copy before the reader's work is done
-    return filled if fine else None
+    return filled if allowed else None
 
 
 class _Piece:
@@ -154,17 +156,30 @@ class _Piece:
         self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
-@cache
+_COPIES: dict[int, torch.cuda.Stream] = {}
+_ONCE = threading.Lock()
+
+
 def _copies(device: str) -> torch.cuda.Stream:
-    """Of all copies to a GPU, since each stream has a pool of memory of its own."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    """Of all copies to a GPU, since each stream has a pool of memory of its own. Of another priority than those for computing, of which
+    torch hands out the same 32 again and again."""
+    index = torch.device(device).index
+    at = torch.cuda.current_device() if index is None else index
+    with _ONCE:
+        if at not in _COPIES:
+            _COPIES[at] = torch.cuda.Stream(at, priority=-1)  # type: ignore[no-untyped-call]
+        return _COPIES[at]
 
 
 def _is_finite(values: Tensor) -> bool:
-    """NaN and Inf both show in the extremes: one pass over memory, no temporary of the same size."""
+    return bool(_finite(values))
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Whether all are, [], where they are: NaN and Inf both show in the extremes. One pass over memory, no temporary of the same size."""
     if values.dtype.itemsize == 1:
         values = values.to(torch.float32)
-    return all(bool(torch.isfinite(end)) for end in torch.aminmax(values))
+    return torch.isfinite(torch.stack(torch.aminmax(values))).all()
 
 
 def _pread(file: int, into: Tensor, offset: int, where: str) -> None:  # uint8 [bytes]
@@ -314,10 +329,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     return lambda: _appear(path)
 
 
-def load(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Every tensor of one file in its stored type. The inverse of `save`; its notes are in `headers.read(path).metadata`."""
+def load(path: Path, device: str = "cpu", only: str | None = None) -> dict[str, Tensor]:
+    """Every tensor of one file, or one, in its stored type. The inverse of `save`; its notes are in `headers.read(path).metadata`."""
     found = headers.read(path).tensors
-    return {name: _read(path, name, found[name], DTYPES[found[name].dtype], device, str(path), finite=False) for name in sorted(found)}
+    names = sorted(found) if only is None else [only]
+    return {name: _read(path, name, found[name], DTYPES[found[name].dtype], device, str(path), finite=False) for name in names}
 
 
 def _partial(path: Path) -> Path:

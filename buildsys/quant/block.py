@@ -54,8 +54,8 @@ class Block:
     activations: Mapping[str, Activations] = field(default_factory=lambda: MappingProxyType({}))
 
     def to(self, where: torch.dtype | str) -> Block:
-        """Of another type, or on another device (from pinned memory without waiting for the copy)."""
-        return replace(self, weights={name: tensor.to(where, non_blocking=True) for name, tensor in self.weights.items()})
+        """Of another type, or on another device."""
+        return replace(self, weights={name: tensor.to(where) for name, tensor in self.weights.items()})
 
     def with_weights(self, changed: Mapping[str, Tensor]) -> Block:
         return replace(self, weights={**self.weights, **changed})

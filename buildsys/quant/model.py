@@ -59,11 +59,12 @@ class Model:
     def _reads(self, layer: int) -> list[Callable[[], tuple[str, Tensor]]]:
         """What reads each tensor of a block, the largest first, with its name there."""
         prefix, shapes = self.architecture.prefix(layer), self.architecture.block_tensors()
-        packed = {f"{name}.weight": prefix + name for name in self._schemes(layer)}
+        packed = self._schemes(layer)
 
         def read(name: str) -> tuple[str, Tensor]:
-            if name in packed:
-                return name, self.linear(packed[name]).dequantize(self.dtype)
+            module, _, kind = name.rpartition(".")
+            if kind == "weight" and module in packed:
+                return name, self.linear(prefix + module).dequantize(self.dtype)
             return name, self.checkpoint.load(prefix + name, self.dtype, self.device)
 
         return [partial(read, name) for name in sorted(shapes, key=lambda name: -math.prod(shapes[name]))]

@@ -192,7 +192,7 @@ def calibrate(
 def load_stats(path: Path, device: str = "cpu") -> dict[Site, SiteStats]:
     """One block's statistics by site: those where linears read, and those where scales are folded in."""
     found = load(path, device)
-    sent: list[int] = found[SENT].tolist() if SENT in found else []
+    sent: list[int] = load(path, only=SENT)[SENT].tolist() if SENT in found else []  # without waiting for what a GPU computes
     stats: dict[Site, SiteStats] = {}
     for site in (name.removesuffix(".gram") for name in found if name.endswith(".gram")):
         absmean, absmax, gram = (found[f"{site}.{part}"] for part in ("absmean", "absmax", "gram"))

@@ -64,13 +64,16 @@ def aside(work: Callable[[], Result], device: str) -> Callable[[], Result]:
     return _begun(work, device).result
 
 
+COMPILING = 4  # works at a time: each thread's handles keep some memory of a GPU
+
+
 def beforehand(works: Sequence[Callable[[str], None]], devices: Sequence[str]) -> Callable[[], None]:
     """Begins every `work(device)` on GPUs for what it leaves loaded there, on a CPU nothing; the answer waits until all ended, however.
 
-    Each runs in a thread of its own, since a compiler lets others run, and then in the device's, where libraries keep its handles."""
+    Several run at a time, since a compiler lets others run, and then once more in the device's thread, where libraries keep its handles."""
 
     def all_on(device: str) -> None:
-        with ThreadPoolExecutor(len(works)) as pool:
+        with ThreadPoolExecutor(COMPILING) as pool:
             wait([pool.submit(_there, work, device) for work in works])
         for work in works:
             work(device)

@@ -110,8 +110,8 @@ class _Work:
         source, block = rescaled.next()
         wanted = walk.answers(source)
         del source  # as large as anything that is to come
-        rounded, weights = round_block(block, self.job, {}, walk, self.resources.devices, rescaled.begin_apart)
-        rescaled.begin()
+        rounded, weights = round_block(block, self.job, {}, walk, self.resources.devices, rescaled.while_rounding)
+        rescaled.once_rounded()
         finished = replace(block, weights=weights, activations=activations(block, self.job))
         error = {"block_error": walk.error(finished, wanted)}
         notes = {**rounded.notes, block.architecture.prefix(block.layer).rstrip("."): error}
@@ -146,27 +146,31 @@ class _Work:
 class _Rescaled:
     """The blocks that are left in turn: each as it is, wherever that may be, and rescaled, where the walk is. No rescaler asks what the
     blocks before it became: of several GPUs the last begins with the next one while the first factors what only one can. A GPU alone has
-    room for it when the one before is rounded."""
+    room for it when the one before is rounded, and not for a mixture's, which is larger than all that rounding takes."""
 
     def __init__(self, work: _Work) -> None:
         self._home, self._there = work.resources.devices[0], work.resources.devices[-1]
         self._job, self._left = work.job, len(work.left)
-        self._apart = self._there != self._home
+        self._apart, self._mixture = self._there != self._home, work.model.architecture.experts is not None
         self._blocks = work.observed(self._there, work.left, BLOCKS_AHEAD if self._apart else 0)
         self._begun: Callable[[], tuple[Block, Block]] | None = None
 
-    def begin_apart(self) -> None:
-        """`begin` on a GPU that the walk leaves alone, where there is one."""
+    def while_rounding(self) -> None:
+        """Begins the next one on a GPU that the walk leaves alone, where there is one."""
         if self._apart:
-            self.begin()
+            self._begin()
 
-    def begin(self) -> None:
-        """The next one, on a GPU beside what the caller does."""
+    def once_rounded(self) -> None:
+        """Begins the next one beside what the caller does."""
+        if not self._mixture:
+            self._begin()
+
+    def _begin(self) -> None:
         if self._there != "cpu" and self._left and self._begun is None:
             self._begun = aside(self._next, self._there)
 
     def next(self) -> tuple[Block, Block]:
-        self.begin()
+        self._begin()
         begun, self._begun = self._begun or self._next, None
         self._left -= 1
         source, rescaled = begun()

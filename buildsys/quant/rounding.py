@@ -202,7 +202,7 @@ def toys(job: Job, a: Architecture, dtype: torch.dtype) -> list[Callable[[str], 
     def rounded(method: Method, scheme: Scheme, rows: int, device: str) -> None:
         method.module.round_weights(_ramp(rows, device), torch.eye(2 * GRAM_BLOCK, device=device), scheme, method.knobs, (device,))
 
-    rounders = (job.rounder, *job.own.values())
+    rounders = {repr((method.module.__name__, method.knobs)): method for method in (job.rounder, *job.own.values())}.values()
     kinds = [*((rescaled, method) for method in job.rescalers), *((rounded, method) for method in rounders)]
     return [partial(work, method, scheme, rows) for scheme in schemes if scheme is not None for rows in outs for work, method in kinds]
 

@@ -23,7 +23,7 @@ from buildsys.quant.parallel import ordered
 from buildsys.quant.rotary import tables
 from buildsys.step import Resources
 
-BLOCKS_AHEAD = 1  # in float32, of each model: four together are what quantizing takes at least
+AHEAD = 1  # blocks in float32, of each model: four together are what quantizing takes at least
 SCORES = ("source_nll", "quantized_nll", "kl", "agree")
 
 Keep = Callable[[Tensor], Tensor] | None
@@ -49,7 +49,7 @@ def score_caches(
 ) -> dict[str, Scores]:
     """The quantized model with each of `caches` beside the source, to the bit what `score` says of each alone.
 
-    In memory at a time: one block of each model, on a GPU BLOCKS_AHEAD more, and of every window the hidden states [tokens, hidden] of the
+    In memory at a time: one block of each model, on a GPU AHEAD more, and of every window the hidden states [tokens, hidden] of the
     source and of each cache.
     """
     layers, keeps = source.architecture.layers, tuple(caches.values())
@@ -57,7 +57,7 @@ def score_caches(
     # windows x streams x [tokens, hidden]: the source first, then a stream for each cache
     hidden = [(one, *(other,) * len(keeps)) for one, other in zip(source.embed(tokens), quantized.embed(tokens), strict=True)]
     drift: list[list[float]] = []
-    both = (model.blocks(range(layers), BLOCKS_AHEAD) for model in (source, quantized))
+    both = (model.blocks(range(layers), AHEAD) for model in (source, quantized))
     for layer, (float_block, unpacked) in enumerate(zip(*both, strict=True)):
         blocks = float_block, *(replace(unpacked, keep_kv=keep) for keep in keeps)
         for at, after in enumerate(ordered(partial(_forward, blocks, rotary), hidden, resources)):

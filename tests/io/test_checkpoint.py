@@ -159,6 +159,37 @@ def test_what_a_gpu_cannot_compute_with_is_refused_as_on_the_host(tmp_path: Path
             found.load(name, dtype, "cuda")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies to a GPU")
+def test_a_piece_is_not_read_into_before_it_was_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {"w": torch.arange(1 << 16, dtype=torch.float32)}
+    found = model(tmp_path, held)
+    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", 1 << 12)
+    with torch.cuda.stream(checkpoint._copies("cuda")):
+        torch.cuda._sleep(200_000_000)  # cycles: a tenth of a second in which nothing is copied
+    assert torch.equal(found.load("w", device="cuda").cpu(), held["w"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies to a GPU")
+def test_memory_of_a_tensor_waits_for_whoever_reads_it(tmp_path: Path) -> None:
+    held = {"a": torch.full((1 << 20,), 1.0), "b": torch.full((1 << 20,), 2.0)}
+    found = model(tmp_path, held)
+    first = found.load("a", device="cuda")
+    torch.cuda._sleep(200_000_000)
+    read = first.clone()
+    del first  # and its memory is what the next one would get
+    second = found.load("b", device="cuda")
+    assert torch.equal(read.cpu(), held["a"]) and torch.equal(second.cpu(), held["b"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies to a GPU")
+def test_a_file_that_becomes_shorter_on_its_way_to_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = model(tmp_path, {"w": torch.zeros(1 << 16)})
+    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", 1 << 12)
+    os.truncate(tmp_path / SINGLE, (tmp_path / SINGLE).stat().st_size // 2)
+    with pytest.raises(BuildError, match="became shorter while it was read"):
+        found.load("w", device="cuda")
+
+
 def test_a_value_that_the_asked_type_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"does not fit torch.float16"):
         model(tmp_path, {"w": torch.tensor([1e5])}).load("w", torch.float16)

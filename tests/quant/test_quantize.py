@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import weakref
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from buildsys.quant.model import Model
 from buildsys.quant.observe import calibrate, load_stats
 from buildsys.quant.quantize import block_name, errors_name, quantize, quantized_weights, told
 from buildsys.quant.rotary import tables
-from buildsys.quant.rounding import Job, Method, round_block, to_half
-from buildsys.quant.stream import ERROR_TOKENS
+from buildsys.quant.rounding import Job, Method, rescale, round_block, to_half
+from buildsys.quant.stream import ERROR_TOKENS, Walk
 from buildsys.scheme import Scheme, Schemes
 from buildsys.step import Resources
 from tests import models
@@ -225,7 +226,6 @@ def test_devices_that_share_the_work_make_what_one_makes(family: str, job: str, 
     monkeypatch.setattr(torch.cuda, "device", lambda device: (begun.append(device), nullcontext())[1])
     monkeypatch.setattr("buildsys.quant.stream._room", lambda device: 3 * 4 * LENGTH * SIZES["intermediate_size"] // 2)  # one window of two
     monkeypatch.setattr("buildsys.quant.stream.KEEP_BYTES", 0)
-    monkeypatch.setattr(Model, "blocks", lambda self, layers, ahead=0: map(replace(self, device="cpu").block, layers))
     monkeypatch.setattr("buildsys.quant.quantize.quantized_weights", lambda path, device: quantized_weights(path, "cpu"))
     made = bench(tmp_path, family)
     alone = made.quantize(JOBS[job], tmp_path / "one")
@@ -246,6 +246,45 @@ def test_devices_that_share_the_work_make_what_one_makes(family: str, job: str, 
                 assert (found.codes == wanted.codes).float().mean() > 0.99, name
         errors = [told(at)["block_errors"] for at in (folder, tmp_path / "one")]
         assert errors[0] == pytest.approx(errors[1], rel=0.02)
+
+
+class OneDevice(Resources):
+    """A device with a thread of its own, as one GPU has."""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return ("cpu:0",)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_one_device_begins_the_next_block_once_this_one_is_rounded(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a mixture's, which it would have to hold besides; and none before, when it holds the most."""
+    made, rescaled = bench(tmp_path, family), [threading.Event() for _ in range(LAYERS)]
+    blocks, finish, began, ahead = Model.blocks, Walk.finish, list[bool](), list[int]()
+
+    def noted(block: Block, *given: Any) -> Any:
+        rescaled[block.layer].set()
+        return rescale(block, *given)
+
+    def rounded(block: Block, *given: Any) -> Any:
+        found = round_block(block, *given)
+        assert not any(later.is_set() for later in rescaled[block.layer + 1 :])
+        return found
+
+    def finished(walk: Walk, block: Block) -> None:
+        began.append(rescaled[block.layer + 1].wait(timeout=5 if family == "llama" else 0.2))
+        finish(walk, block)
+
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr("buildsys.quant.stream._room", lambda _: 0)
+    monkeypatch.setattr("buildsys.quant.quantize.rescale", noted)
+    monkeypatch.setattr("buildsys.quant.quantize.round_block", rounded)
+    monkeypatch.setattr(Walk, "finish", finished)
+    monkeypatch.setattr(Model, "blocks", lambda self, layers, count: (ahead.append(count), blocks(self, layers, count))[1])
+    found = made.quantize(JOBS["awq gptq"], tmp_path / "one", OneDevice(device="cpu:0"))
+    assert began == [family == "llama"] * (LAYERS - 1) and ahead == [0]
+    monkeypatch.undo()
+    assert found == made.quantize(JOBS["awq gptq"], tmp_path / "cpu")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])

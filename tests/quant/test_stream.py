@@ -94,3 +94,19 @@ def test_all_tokens_stand_in_for_an_expert_that_is_sent_few(tmp_path: Path) -> N
         torch.testing.assert_close(found[site].matrix, read.t() @ read / len(x), rtol=1e-5, atol=1e-6)
     told = [found[f"mlp_in.{expert}"].sent for expert in range(5)]
     assert sum(sent or 0 for sent in told) == 2 * tokens.numel() and told == [found[f"down_in.{expert}"].sent for expert in range(5)]
+
+
+@pytest.mark.parametrize("room", [0, 1 << 30])
+def test_memory_is_given_back_before_a_large_sum_where_there_is_no_room_for_it(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back: list[str] = []
+    monkeypatch.setattr("buildsys.quant.stream._room", lambda device: room)
+    monkeypatch.setattr("buildsys.quant.stream.LARGE_BYTES", 4 * 96 * 96)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: given_back.append(device))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append("all"))
+    model = models.opened(models.tiny_llama(tmp_path, hidden_size=64, intermediate_size=96))
+    walk, block = Walk(model, models.tokens(2, 8), Resources(device="cpu:0")), model.block(0)
+    for site in model.architecture.sites:
+        walk.gram(block, site)
+    assert given_back == ([] if room else ["cpu:0", "all"]), "once, for down_proj alone"
