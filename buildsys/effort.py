@@ -69,16 +69,16 @@ def cpu_speed(threads: int) -> Speed:
 
 def cuda_speed(gpu: GPU) -> Speed:
     """Scaled from one H200 (benchmarks/RESULTS.md, "A 7B on one GPU"; docs/LOG.md), with 128 x 2,048 tokens and a layer of 7B width:
-    calibrate's 0.36 s are 0.335 of its tensor peak, 0.06 s of AWQ's search and 0.24 s of GPTQ's solver 37 TFLOP/s; 32 are read in 4 s."""
+    calibrate's 0.27 s are 0.43 of its tensor peak, 0.06 s of AWQ's search and 0.24 s of GPTQ's solver 37 TFLOP/s; 32 are read in 2 s."""
     share = gpu.fp16_tflops / 989
     return Speed(
         machine=gpu.name,
-        flops=331e12 * share,
+        flops=430e12 * share,
         gram_flops=950e12 * share,
         serial_flops=37e12 * share,
         bytes_per_s=0.5 * gpu.bandwidth_gb_s * 1e9,
-        read_bytes_per_s=3.5e9,
-        write_bytes_per_s=1.1e9,
+        read_bytes_per_s=8e9,
+        write_bytes_per_s=1.6e9,
         column_s=0.0,  # kernels hold the loop
         token_s=0.75e-3,
         start_s=1.7,
@@ -121,7 +121,7 @@ def building(
         "quantize": speed.start_s + source_bytes / speed.read_bytes_per_s + _quantize_s(architecture, speed, tokens, seqlen, gptq),
         **{kind: size / speed.write_bytes_per_s for kind, size in parts_bytes.items()},
         "score": speed.start_s
-        + 2 * (source_bytes + packed_bytes) / speed.read_bytes_per_s  # both models, and what is read is unpacked
+        + (source_bytes + packed_bytes) / speed.read_bytes_per_s  # both models
         + verify_streams * _score_s(architecture, speed, scored, verify_seqlen),
     }
     scores_bytes = 16 * scored * (verify_streams - 1)
@@ -220,7 +220,8 @@ def _sampling_bytes(architecture: Architecture, sampled: Sequence[tuple[int, int
 
 def _build_bytes(architecture: Architecture, tokens: int, device: Literal["cpu", "cuda"]) -> int:
     """The largest moment, GPTQ of one block: three streams of hidden states (before and after attention, and what o_proj reads), the block
-    in float32 twice, and the widest site's Hessian with its factor and a copy."""
+    in float32 twice, on a GPU the next one of a dense model, and the widest site's Hessian with its factor and a copy."""
     state_bytes = 3 * tokens * architecture.hidden_size * (4 if device == "cpu" else 2)
     widest = max(architecture.width(site) for site in architecture.sites)
-    return state_bytes + 2 * _block_bytes(architecture, 4) + 3 * 4 * widest**2
+    next_bytes = _block_bytes(architecture, 2) if device != "cpu" and architecture.experts is None else 0
+    return state_bytes + 2 * _block_bytes(architecture, 4) + next_bytes + 3 * 4 * widest**2

@@ -24,17 +24,17 @@ def near(found: float, measured: float) -> bool:
 
 @pytest.mark.parametrize(
     ("gptq", "calibrate", "quantize", "pack", "score"),
-    [(False, 11.5, 7.9, 4.5, 14.2), (True, 11.5, 36.0, 5.1, 15.1)],
+    [(False, 10.7, 5.3, 3.1, 4.4), (True, 10.7, 29.4, 3.9, 4.2)],
     ids=["awq-rtn", "awq-gptq"],
 )
 def test_a_7b_on_an_h200_takes_what_it_took(gptq: bool, calibrate: float, quantize: float, pack: float, score: float) -> None:
-    """benchmarks/RESULTS.md, "A 7B on one GPU": seconds of each step, 23.9 and 52.6 s without score."""
+    """benchmarks/RESULTS.md, "A 7B on one GPU": seconds of each step, 19.1 and 42.9 s without score; `pack` with `outside`."""
     speed = effort.cuda_speed(gpus.GPUS["h200"])
     found = effort.building(SEVEN, W4, speed, samples=128, seqlen=2048, verify_windows=2, verify_seqlen=512, gptq=gptq)
     for kind, measured in {"calibrate": calibrate, "quantize": quantize, "pack": pack, "score": score}.items():
         assert near(found.seconds[kind], measured), kind
     assert near(sum(found.seconds.values()) - found.seconds["score"], calibrate + quantize + pack + 1.7)
-    assert near(found.gpu_bytes, 11.74e9) and found.machine == "h200"
+    assert near(found.gpu_bytes, 11.36e9) and found.machine == "h200"
 
 
 def test_the_demo_takes_what_it_took() -> None:
