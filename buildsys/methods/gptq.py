@@ -46,19 +46,22 @@ def round_weights(weight: Tensor, gram: Tensor, scheme: Scheme, knobs: Knobs, de
     from buildsys.quant.compensate import compensated, factored
     from buildsys.quant.grid import least_error, min_max
     from buildsys.quant.linear import QuantizedLinear, Rounding
-    from buildsys.quant.parallel import on_each
+    from buildsys.quant.parallel import on_each, shares
     from buildsys.quant.refine import refined
     from buildsys.quant.search import output_norms
 
-    whole = factored(gram, knobs.damping, knobs.activation_order)
+    whole, devices = factored(gram, knobs.damping, knobs.activation_order), devices or (str(weight.device),)
+    dealt = zip(devices, shares(len(weight), len(devices)), strict=True)
+    # Sent before the first device is given work that a copy from it would wait for.
+    held = {device: (weight[rows.start : rows.stop].to(device), whole.to(device)) for device, rows in dealt}
 
     def share(device: str, rows: range) -> tuple[QuantizedLinear, Tensor]:
-        part, by = weight[rows.start : rows.stop].to(device), whole.to(device)
+        part, by = held[device]
         grid = least_error(part, scheme, by.h.gram.diagonal()) if knobs.least_error_grid else min_max(part, scheme)
         grid, codes = refined(part, by.h, grid, compensated(part, by, grid), knobs.sweeps)
         return grid.linear(codes), output_norms(part, grid.dequantize(codes), by.h.gram)
 
-    parts, norms = zip(*on_each(share, len(weight), devices or (str(weight.device),)), strict=True)
+    parts, norms = zip(*on_each(share, len(weight), devices), strict=True)
     codes, scale, zero = (
         torch.cat([part.to(weight.device) for part in each])
         for each in zip(*((part.codes, part.scale, part.zero) for part in parts), strict=True)

@@ -50,11 +50,11 @@ def ordered(work: Callable[[Unit], Result], units: Iterable[Unit], resources: Re
 def on_each(work: Callable[[str, range], Result], count: int, devices: Sequence[str]) -> list[Result]:
     """`work(device, its share of range(count))` on all devices at the same time; results in the order of the devices, whose shares follow
     one another and differ by one at most."""
-    shares = _shares(count, len(devices))
+    dealt = shares(count, len(devices))
     if len(devices) == 1:
-        return [work(devices[0], shares[0])]
+        return [work(devices[0], dealt[0])]
 
-    begun = [_begun(partial(work, device, share), device) for device, share in zip(devices, shares, strict=True)]
+    begun = [_begun(partial(work, device, share), device) for device, share in zip(devices, dealt, strict=True)]
     wait(begun)  # nobody goes on behind the back of whoever is told of an error
     return [one.result() for one in begun]
 
@@ -106,11 +106,12 @@ def spread(windows: list[Tensor], devices: Sequence[str]) -> list[Tensor]:
     """Each window on the device whose share of them it is in; on the host all stay where they are."""
     if len(devices) == 1 or windows[0].device.type == "cpu":
         return windows
-    shares = zip(devices, _shares(len(windows), len(devices)), strict=True)
-    return [windows[at].to(device) for device, share in shares for at in share]
+    dealt = zip(devices, shares(len(windows), len(devices)), strict=True)
+    return [windows[at].to(device) for device, share in dealt for at in share]
 
 
-def _shares(count: int, among: int) -> list[range]:
+def shares(count: int, among: int) -> list[range]:
+    """range(count) in `among` runs, which differ by one at most."""
     ends = [count * at // among for at in range(among + 1)]
     return [range(*ends[at : at + 2]) for at in range(among)]
 

@@ -83,9 +83,10 @@ class Walk:
         if expert is not None:
             return self._expert(block, site, expert)
         kept: list[Tensor | None] = [None] * len(self._hidden)
+        everywhere = self._everywhere(block, BEFORE[site])
 
         def share(device: str, windows: Sequence[int]) -> Squares:
-            there = self._there(block, device, BEFORE[site])
+            there = everywhere[device]
             squares = Squares(self._architecture.width(site), device)
 
             def read(part: Sequence[int]) -> Tensor:
@@ -121,10 +122,10 @@ class Walk:
         if not self._routed:
             self._route(block)
         width, sent = self._architecture.width(site), sum(len(window[expert]) for window in self._routed)
-        everyone, block = few(sent, width), block.alone(expert)
+        everyone, everywhere = few(sent, width), self._everywhere(block.alone(expert), None)
 
         def share(device: str, windows: Sequence[int]) -> Squares:
-            there, squares = block.to(self._dtype).to(device), Squares(width, device)
+            there, squares = everywhere[device], Squares(width, device)
 
             def read(part: Sequence[int]) -> Tensor:
                 return squares.of(seen(at) for at in part)
@@ -146,9 +147,10 @@ class Walk:
         experts = self._architecture.experts
         assert experts is not None
         routed: list[list[Tensor]] = [[] for _ in self._hidden]
+        everywhere = self._everywhere(block, ("o",))
 
         def share(device: str, windows: Sequence[int]) -> None:
-            there = self._there(block, device, ("o",))
+            there = everywhere[device]
 
             def leave(at: int) -> tuple[Tensor, list[Tensor]]:
                 home = self._hidden[at].device
@@ -176,18 +178,20 @@ class Walk:
         """Pass through a block that was finished earlier."""
         self._replace(block, None, lambda there, h, _, device: there.forward(h, self._rotary[device]))
 
-    def _there(self, block: Block, device: str, roles: Sequence[Role] | None) -> Block:
-        """What of the block computes with the linears of these roles (None: all of it), as it computes, on a device: as little as may be is
-        sent from one to another."""
+    def _everywhere(self, block: Block, roles: Sequence[Role] | None) -> dict[str, Block]:
+        """What of the block computes with the linears of these roles (None: all of it), as it computes, on each device: as little as may be
+        is sent from one to another, and before the sender is given work that a copy would wait for."""
         left_out = {linear.name for linear in self._architecture.linears if roles is not None and linear.role not in roles}
         kept = {name: tensor for name, tensor in block.weights.items() if name.rpartition(".")[0] not in left_out}
-        return replace(block, weights=kept).to(self._dtype).to(device)
+        computes = replace(block, weights=kept).to(self._dtype)
+        return {device: computes.to(device) for device in self._resources.devices}
 
     def _replace(self, block: Block, roles: Sequence[Role] | None, work: Callable[[Block, Tensor, int, str], Tensor]) -> None:
         """Every window's hidden state by what `work` makes of the block's linears of these roles, it, its number and its device."""
+        everywhere = self._everywhere(block, roles)
 
         def share(device: str, windows: Sequence[int]) -> None:
-            there = self._there(block, device, roles)
+            there = everywhere[device]
 
             def after(at: int) -> Tensor:
                 return work(there, self._hidden[at].to(device), at, device).to(self._hidden[at].device)
