@@ -1,18 +1,18 @@
 """Seconds and memory of quantizing a model of a given shape on a GPU: safetensors on disk to a packed artifact on disk, hashed.
 
-    python benchmarks/speed.py [--layers 32 --samples 128 --seqlen 2048] [--lite-layers 2 --lite-search-samples 8]
+    python benchmarks/speed.py [--layers 32 --samples 128 --seqlen 2048] [--lite-layers 3 --lite-search-samples 16]
 
 Weights are random (time does not depend on them). Every number comes out of `doit build` in a temporary workspace: steps' seconds include
 hashing and committing what they made; fetch, tokens and verify are beside. Memory is sampled every 50 ms: RssAnon of doit and all its
-children, and what torch reserved on the GPU. LMDeploy's `lite auto_awq` gets the same model and the same tokens, where it is installed: on
-fewer layers, and with its search on fewer samples too, since it takes hours; both are scaled up in proportion, and said to be.
+children, and what torch reserved on the GPU. LMDeploy's `lite auto_awq` gets the same shape and the same tokens, where it is installed.
+Since it takes hours, it runs on one layer and on --lite-layers, and with its search on one layer with half of --lite-search-samples and
+with all: what the difference took, in proportion, is what is compared. Its start and its fixed costs are not counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 import shutil
@@ -25,8 +25,10 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from buildsys.io.checkpoint import Writer
+from buildsys.plan import plan
 from buildsys.store import Store
 from buildsys.survey import describe
 from buildsys.workspace import Workspace
@@ -73,8 +75,8 @@ def shaped(what: str | None) -> argparse.ArgumentParser:
 
 def arguments() -> argparse.Namespace:
     parser = shaped(__doc__)
-    parser.add_argument("--lite-layers", type=int, default=0, help="compare with lmdeploy lite on so many layers")
-    parser.add_argument("--lite-search-samples", type=int, default=8)
+    parser.add_argument("--lite-layers", type=int, default=0, help="compare with lmdeploy lite on 1 layer and on so many (2 or more)")
+    parser.add_argument("--lite-search-samples", type=int, default=16)
     parser.add_argument("--variants", nargs="*", default=["awq-rtn", "awq-rtn-g64", "awq-gptq", "awq-gptq-g64", "kv-int8"])
     return parser.parse_args()
 
@@ -233,36 +235,41 @@ print("TOOK", time.time() - began, torch.cuda.max_memory_reserved() if torch.cud
 
 
 def compare(root: Path, said: argparse.Namespace, ours: dict[str, float]) -> None:
-    """lmdeploy lite on the first layers of the same shape and on the same windows."""
-    make_model(root / "lite", said, said.lite_layers)
-    from safetensors.torch import load_file
+    """lmdeploy lite on the first layers of the same shape and on the same windows, by what one more layer or sample takes it."""
+    for layers in (1, said.lite_layers):
+        make_model(root / f"lite-{layers}", said, layers)
+    (root / "lite.py").write_text(LITE)
+    tokens = windows(root)
+    half, all_of_it = (1, said.lite_search_samples // 2), (1, said.lite_search_samples)
+    for how, small, large in (("plain", (1, said.samples), (said.lite_layers, said.samples)), ("search", half, all_of_it)):
+        (less, _), (more, memory) = (lite(root, said.device, tokens, how, *run) for run in (small, large))
+        times = said.layers * said.samples / (large[0] * large[1] - small[0] * small[1])
+        whole = (more - less) * times
+        ratios = ", ".join(f"{whole / ours[name]:.1f} x {name}" for name in ("awq-rtn", "awq-gptq") if name in ours)
+        ran = " and ".join(f"{took:.1f} s ({run[0]} x {run[1]})" for took, run in ((less, small), (more, large)))
+        print(f"lite {how}: {ran} of layers x samples, so {whole:.0f} s: {ratios}; GPU {memory / 1e9:.1f} GB", flush=True)
 
+
+def windows(root: Path) -> torch.Tensor:
+    """The tokens that the builds calibrated on. [samples, seqlen]."""
     store = Store(root / "artifacts")
-    from buildsys.plan import plan
-
     planned = plan(Workspace(root).load("speed@awq-rtn"), store)
     found = store.walk(planned.steps)
     step = next(step for step in planned.steps if step.kind == "tokens" and step.title.startswith("calibration"))
     artifact = found[step.planned_key].artifact
     assert artifact is not None
-    tokens = load_file(store.path(artifact, "tokens.safetensors"))["tokens"].long()
-    (root / "lite.py").write_text(LITE)
-    for how, samples in (("plain", said.samples), ("search", said.lite_search_samples)):
-        torch.save(tokens[:samples].clone(), root / "tokens.pt")
-        arguments = [sys.executable, "lite.py", "lite", f"out-{how}", "tokens.pt", how, said.device]
-        ran = subprocess.run(arguments, cwd=root, text=True, capture_output=True, env=os.environ)
-        took = re.search(r"TOOK ([\d.]+) (\d+)", ran.stdout)
-        if took is None:
-            print(f"lite {how}: failed: {(ran.stderr or ran.stdout).strip()[-300:]}")
-            continue
-        seconds = float(took[1])
-        whole = seconds * said.layers / said.lite_layers * said.samples / samples
-        ratios = ", ".join(f"{whole / ours[name]:.1f} x {name}" for name in ("awq-rtn", "awq-gptq") if name in ours)
-        print(
-            f"lite {how}: {seconds:.1f} s for {said.lite_layers} layers and {samples} samples, in proportion {whole:.0f} s for"
-            f" {said.layers} and {said.samples}: {ratios}; GPU {int(took[2]) / 1e9:.1f} GB",
-            flush=True,
-        )
+    return load_file(store.path(artifact, "tokens.safetensors"))["tokens"].long()
+
+
+def lite(root: Path, device: str, tokens: torch.Tensor, how: str, layers: int, samples: int) -> tuple[float, int]:
+    """Seconds of one run of `auto_awq`, and bytes that torch reserved on the GPU."""
+    torch.save(tokens[:samples].clone(), root / "tokens.pt")
+    arguments = [sys.executable, "lite.py", f"lite-{layers}", f"out-{how}-{layers}-{samples}", "tokens.pt", how, device]
+    ran = subprocess.run(arguments, cwd=root, text=True, capture_output=True)
+    took = re.search(r"TOOK ([\d.]+) (\d+)", ran.stdout)
+    if ran.returncode or took is None:
+        raise SystemExit(f"lite {how} on {layers} layers and {samples} samples failed: {(ran.stderr or ran.stdout).strip()[-300:]}")
+    return float(took[1]), int(took[2])
 
 
 if __name__ == "__main__":
