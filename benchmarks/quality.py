@@ -25,7 +25,7 @@ from buildsys.store import Store
 from buildsys.verdict import load_measurements
 from buildsys.workspace import Workspace
 
-METHODS = {"rtn": ["rtn"], "awq-rtn": ["awq", "rtn"], "gptq": ["gptq"], "awq-gptq": ["awq", "gptq"]}
+METHODS = {"rtn": ["rtn"], "awq-rtn": ["awq", "rtn"], "gptq": ["gptq"], "awq-gptq": ["awq", "gptq"], "awq-gptaq": ["awq", "gptaq"]}
 OUTLIERS, FACTOR, SEED = 6, 16.0, 7
 
 

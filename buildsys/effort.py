@@ -96,6 +96,7 @@ def building(
     verify_seqlen: int,
     verify_streams: int = 2,
     gptq: bool = True,
+    floats: bool = False,
     sampled: Sequence[tuple[int, int]] = (),
     held: Sequence[TensorBytes] | None = None,
     apart: bool = False,
@@ -104,7 +105,7 @@ def building(
 
     `verify_streams`: forwards of the verify text, held side by side: the source's, the artifact's, and one for each KV policy. `sampled`:
     (windows, tokens) of each text that the model writes itself, token by token. `held`: footprint.weights of the same, from who knows them.
-    `apart`: what lies outside of the blocks is packed by a step of its own.
+    `apart`: what lies outside of the blocks is packed by a step of its own. `floats`: the float model is walked beside the quantized one.
     """
     tokens, scored = samples * seqlen, verify_windows * verify_seqlen
     held = weights(architecture, schemes) if held is None else held
@@ -118,7 +119,7 @@ def building(
     seconds = {
         "tokens": speed.start_s + _sampling_s(architecture, speed, sampled),
         "calibrate": speed.start_s + max(_calibrate_s(architecture, speed, tokens, seqlen), source_bytes / speed.read_bytes_per_s),
-        "quantize": speed.start_s + source_bytes / speed.read_bytes_per_s + _quantize_s(architecture, speed, tokens, seqlen, gptq),
+        "quantize": speed.start_s + source_bytes / speed.read_bytes_per_s + _quantize_s(architecture, speed, tokens, seqlen, gptq, floats),
         **{kind: size / speed.write_bytes_per_s for kind, size in parts_bytes.items()},
         "score": speed.start_s
         + (source_bytes + packed_bytes) / speed.read_bytes_per_s  # both models
@@ -127,7 +128,7 @@ def building(
     scores_bytes = 16 * scored * (verify_streams - 1)
     disk_bytes = {"calibrate": stats_bytes, "quantize": blocks_bytes, **parts_bytes, "score": scores_bytes}
     held_tokens = max(tokens, scored * max(verify_streams, 3) // 3)
-    work_bytes = max(_build_bytes(architecture, held_tokens, speed.device), _sampling_bytes(architecture, sampled))
+    work_bytes = max(_build_bytes(architecture, held_tokens, speed.device, floats), _sampling_bytes(architecture, sampled))
     on_cpu = speed.device == "cpu"
     host_bytes = int(0.4 * GIB) + (work_bytes if on_cpu else _block_bytes(architecture, 4))
     return Building(MappingProxyType(seconds), MappingProxyType(disk_bytes), host_bytes, 0 if on_cpu else work_bytes, speed.machine)
@@ -146,15 +147,20 @@ def _calibrate_s(architecture: Architecture, speed: Speed, tokens: int, seqlen: 
     return (_forward_flops(architecture, seqlen) * tokens + gram) / speed.flops
 
 
-def _quantize_s(architecture: Architecture, speed: Speed, tokens: int, seqlen: int, gptq: bool) -> float:
-    """AWQ's search; with GPTQ a forward in which each block sees the quantized output of those before it, its second moments and solver."""
+def _quantize_s(architecture: Architecture, speed: Speed, tokens: int, seqlen: int, gptq: bool, floats: bool) -> float:
+    """AWQ's search; with GPTQ a forward in which each block sees the quantized output of those before it, its second moments and solver;
+    with GPTAQ the float forward too, how far both are apart, and what to aim at."""
     search = _awq_flops(architecture) / speed.serial_flops
     if not gptq:
         return search
     walk = _forward_flops(architecture, seqlen) * tokens / speed.flops
     moments = _hessian_flops(architecture, tokens) / speed.gram_flops
     columns = architecture.layers * sum(map(architecture.width, architecture.sites)) * speed.column_s
-    return search + walk + moments + _gptq_flops(architecture) / speed.serial_flops + columns
+    beside = 0.0
+    if floats:
+        products = _apart_flops(architecture, tokens) / (speed.gram_flops / 2)  # of which no half is left out
+        beside = 1.5 * walk + products + _aim_flops(architecture) / speed.serial_flops  # half again: what unrounded weights would give
+    return search + walk + moments + _gptq_flops(architecture) / speed.serial_flops + columns + beside
 
 
 def _score_s(architecture: Architecture, speed: Speed, scored: int, seqlen: int) -> float:
@@ -205,6 +211,19 @@ def _gptq_flops(architecture: Architecture) -> int:
     return architecture.layers * (factors + sum(each.out_features * each.in_features**2 for each in architecture.linears))
 
 
+def _apart_flops(architecture: Architecture, tokens: int) -> int:
+    """Products of what is read with how far that is from what the float model reads, or with how far its outputs are."""
+    rows = {site: architecture.hidden_size if site in ("o_in", "down_in") else architecture.width(site) for site in architecture.sites}
+    seen = sum(2 * tokens * _visits(architecture, site) * architecture.width(site) * rows[site] for site in architecture.sites)
+    return int(architecture.layers * seen)
+
+
+def _aim_flops(architecture: Architecture) -> int:
+    """For each site four factorisations, three of them to try, and two triangular solves for each output."""
+    factors = sum(4 * architecture.width(site) ** 3 // 3 for site in architecture.sites)
+    return architecture.layers * (factors + sum(2 * each.out_features * each.in_features**2 for each in architecture.linears))
+
+
 def _block_bytes(architecture: Architecture, width_bytes: int) -> int:
     return width_bytes * sum(prod(shape) for shape in architecture.block_tensors().values())
 
@@ -218,10 +237,12 @@ def _sampling_bytes(architecture: Architecture, sampled: Sequence[tuple[int, int
     return 4 * sum(prod(shape) for shape in architecture.tensors().values()) + cache_bytes
 
 
-def _build_bytes(architecture: Architecture, tokens: int, device: Literal["cpu", "cuda"]) -> int:
+def _build_bytes(architecture: Architecture, tokens: int, device: Literal["cpu", "cuda"], floats: bool) -> int:
     """The largest moment, GPTQ of one block: three streams of hidden states (before and after attention, and what o_proj reads), the block
-    in float32 twice, on a GPU the next one of a dense model, and the widest site's Hessian with its factor and a copy."""
+    in float32 twice, on a GPU the next one of a dense model, and the widest site's Hessian with its factor and a copy. With `floats` the
+    float model's hidden states in float32, and two matrices of how far it is apart, as wide as that Hessian."""
     state_bytes = 3 * tokens * architecture.hidden_size * (4 if device == "cpu" else 2)
     widest = max(architecture.width(site) for site in architecture.sites)
     next_bytes = _block_bytes(architecture, 2) if device != "cpu" and architecture.experts is None else 0
-    return state_bytes + 2 * _block_bytes(architecture, 4) + next_bytes + 3 * 4 * widest**2
+    beside_bytes = 4 * tokens * architecture.hidden_size + 2 * 4 * widest * architecture.hidden_size if floats else 0
+    return state_bytes + 2 * _block_bytes(architecture, 4) + next_bytes + 3 * 4 * widest**2 + beside_bytes

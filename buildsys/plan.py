@@ -139,6 +139,7 @@ def builds(recipe: Recipe, surveyed: Survey, schemes: Schemes, speed: effort.Spe
         "verify_seqlen": recipe.verify.seqlen,
         "verify_streams": 2 + len(scored_policies(recipe)),
         "gptq": bool(recipe.quantization.method[-1].module.SEES_TOKENS),
+        "floats": bool(recipe.quantization.method[-1].module.SEES_FLOATS),
         "sampled": tuple(
             (asked.samples, asked.seqlen)
             for asked, dataset in ((recipe.calibration, recipe.calibration.dataset), (recipe.verify, recipe.verify.text))

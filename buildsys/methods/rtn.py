@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 VERSION = 1
 KIND = "round"
 SEES_TOKENS = False
+SEES_FLOATS = False
 
 
 class Knobs(Frozen):

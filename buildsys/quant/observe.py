@@ -10,7 +10,7 @@ would fit a handful of words. How many it was sent is kept beside them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,14 +24,13 @@ from buildsys.quant.block import Block, Rotary
 from buildsys.quant.model import Model
 from buildsys.quant.parallel import has_matrix_units, on_each, ordered, spread, within
 from buildsys.quant.rotary import tables
+from buildsys.quant.sums import in_parts
 from buildsys.step import Resources, nobody_waits
 
 GRAM_BLOCK = 128  # input channels; the widest group size other than a whole row
 FEWEST = 1 / 16  # tokens for each input channel of an expert; below it its second moments are those of a few words, of low rank
 SENT = "experts.sent"  # int64 [experts]
 
-STRIP, MIN_STRIP = 256, 1024  # rows of a Gram matrix computed at a time, on a CPU and at least on a GPU
-PART = 8  # windows whose sums a CPU makes in one thread
 UNIT_TOKENS = 8192  # that a GPU is given at a time
 
 Progress = Callable[[str, int, int], None]
@@ -76,69 +75,6 @@ def _squares(by_block: Tensor) -> Tensor:  # [blocks, tokens, 128] -> [blocks, 1
     if by_block.dtype == torch.float32:
         return by_block.transpose(1, 2) @ by_block
     return torch.bmm(by_block.transpose(1, 2), by_block, out_dtype=torch.float32)
-
-
-def in_parts(windows: Sequence[int], device: str) -> list[Sequence[int]]:
-    """Windows whose sums are made one after the other, in one thread, before they are added to those of the others: on a CPU a few, since
-    what is handed over keeps other threads from working. Never by the number of threads."""
-    step = PART if device == "cpu" else 1
-    return [windows[at : at + step] for at in range(0, len(windows), step)]
-
-
-class Squares:
-    """The sum of x x^T over the tokens of many windows, float32 [in, in]; half-precision inputs are summed in float32 by tensor cores.
-
-    Only its upper half is computed, by strips: torch has no symmetric product. A GPU adds each window to the total. A CPU makes a part of a
-    few windows in whatever thread comes by, since a matrix of its own for each would cost as much as its product; parts are added in order.
-    """
-
-    def __init__(self, width: int, device: str) -> None:
-        self._on_gpu = device != "cpu"
-        self._total = torch.zeros(width, width, device=device)
-        self._strip = max(MIN_STRIP, -(-width // 4)) if self._on_gpu else STRIP
-
-    def parts(self, windows: Sequence[int]) -> list[Sequence[int]]:
-        """The windows that make one part each, whatever the number of threads."""
-        return in_parts(windows, "cuda" if self._on_gpu else "cpu")
-
-    def of(self, xs: Iterable[Tensor]) -> Tensor:  # windows x [tokens, in] -> what `add` takes
-        """A part; to be called where the windows are made, which is one after the other."""
-        part = self._total if self._on_gpu else torch.zeros_like(self._total)
-        for x in xs:
-            _add_upper(part, x.flatten(0, -2) if self._on_gpu else x.float(), self._strip)
-        return part
-
-    def add(self, part: Tensor) -> None:
-        """To be called in the order of the parts."""
-        if part is not self._total:
-            self._total += part
-
-    def take(self, other: Squares) -> None:
-        """Adds what another device has summed: the half that was computed, a strip at a time."""
-        for start in range(0, len(self._total), self._strip):
-            part = other._total[start : start + self._strip, start:]
-            self._total[start : start + self._strip, start:] += part.to(self._total.device)
-
-    def sum(self) -> Tensor:
-        """Once all is added."""
-        return _mirrored(self._total, self._strip)
-
-
-def _add_upper(squares: Tensor, x: Tensor, strip: int) -> None:
-    """Adds x^T x to `squares`, right of the diagonal and in blocks on it."""
-    for start in range(0, len(squares), strip):
-        rows, into = x[:, start : start + strip].t(), squares[start : start + strip, start:]
-        if x.dtype == torch.float32:
-            into.addmm_(rows, x[:, start:])
-        else:
-            torch.ops.aten.addmm.dtype_out(into, rows, x[:, start:], torch.float32, out=into)
-
-
-def _mirrored(squares: Tensor, strip: int) -> Tensor:
-    for start in range(0, len(squares), strip):
-        stop = start + strip
-        squares[stop:, start:stop] = squares[start:stop, stop:].t()
-    return squares
 
 
 def units(model: Model, tokens: Tensor, devices: Sequence[str]) -> list[Tensor]:  # [windows, tokens] -> units x [(windows,) tokens, hidden]

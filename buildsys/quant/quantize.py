@@ -22,7 +22,7 @@ from buildsys.quant.blocks import load_block, packed
 from buildsys.quant.model import BLOCKS_AHEAD, Model
 from buildsys.quant.observe import Progress, SiteStats, load_stats
 from buildsys.quant.parallel import Behind, ahead, aside, beforehand, on_each
-from buildsys.quant.rounding import Job, Rounded, activations, rescale, round_block, toys
+from buildsys.quant.rounding import Job, Rounded, activations, rescale, round_block, stored, toys
 from buildsys.quant.stream import Walk
 from buildsys.step import Resources, nobody_waits
 
@@ -58,7 +58,7 @@ def quantize(
     if tokens is None or not job.sees_tokens:
         work.shared_out()
     else:
-        work.in_turn(Walk(model, tokens, resources))
+        work.in_turn(Walk(model, tokens, resources, job.sees_floats))
 
 
 @dataclass(frozen=True)
@@ -92,21 +92,24 @@ class _Work:
 
     def in_turn(self, walk: Walk) -> None:
         """Blocks that see what those before them became."""
-        architecture, home, rescaled = self.model.architecture, self.resources.device, _Rescaled(self)
+        architecture, home, every = self.model.architecture, self.resources.device, range(self.left[-1] + 1)
+        rescaled = _Rescaled(self, every if self.job.sees_floats else self.left)
         with Behind(home, 1) as writer:  # a layer takes ten times as long, and a block that waits is GPU memory
-            for layer in range(self.left[-1] + 1):
+            for layer in every:
                 if layer in self.left:
-                    finished = self._walked(rescaled, walk, writer)
+                    finished, source = self._walked(rescaled, walk, writer)
                 else:
                     finished = Block(architecture, layer, quantized_weights(self.folder / block_name(layer), home))
                     finished = replace(finished, activations=activations(finished, self.job))
+                    source = stored(rescaled.next()[1], self.job)[0] if self.job.sees_floats else None
                 if layer < self.left[-1]:
-                    (walk.finish if layer in self.left else walk.replay)(finished)
-                del finished  # a GPU holds the next one instead
+                    (walk.finish if layer in self.left else walk.replay)(finished, source)
+                del finished, source  # a GPU holds the next one instead
                 self.progress("quantize", layer + 1, architecture.layers)
 
-    def _walked(self, rescaled: _Rescaled, walk: Walk, writer: Behind) -> Block:
-        """The next block rounded where the walk stands, and written: as an engine computes it. Its codes end here, packed."""
+    def _walked(self, rescaled: _Rescaled, walk: Walk, writer: Behind) -> tuple[Block, Block | None]:
+        """The next block rounded where the walk stands, and written: as an engine computes it, and as it was where a method sees that. Its
+        codes end here, packed."""
         source, block = rescaled.next()
         wanted = walk.answers(source)
         del source  # as large as anything that is to come
@@ -116,7 +119,7 @@ class _Work:
         error = {"block_error": walk.error(finished, wanted)}
         notes = {**rounded.notes, block.architecture.prefix(block.layer).rstrip("."): error}
         self._write(writer, block.layer, replace(rounded, notes=notes))
-        return finished
+        return finished, stored(block, self.job)[0] if self.job.sees_floats else None
 
     def observed(self, device: str, layers: Sequence[int], blocks_ahead: int) -> Iterator[tuple[Block, Mapping[Site, SiteStats]]]:
         """These blocks on a device, each with its statistics, from when the device is warm."""
@@ -144,15 +147,15 @@ class _Work:
 
 
 class _Rescaled:
-    """The blocks that are left in turn: each as it is, wherever that may be, and rescaled, where the walk is. No rescaler asks what the
+    """These blocks in turn: each as it is, wherever that may be, and rescaled, where the walk is. No rescaler asks what the
     blocks before it became: of several GPUs the last begins with the next one while the first factors what only one can. A GPU alone has
     room for it when the one before is rounded, and not for a mixture's, which is larger than all that rounding takes."""
 
-    def __init__(self, work: _Work) -> None:
+    def __init__(self, work: _Work, layers: Sequence[int]) -> None:
         self._home, self._there = work.resources.devices[0], work.resources.devices[-1]
-        self._job, self._left = work.job, len(work.left)
+        self._job, self._left = work.job, len(layers)
         self._apart, self._mixture = self._there != self._home, work.model.architecture.experts is not None
-        self._blocks = work.observed(self._there, work.left, BLOCKS_AHEAD if self._apart else 0)
+        self._blocks = work.observed(self._there, layers, BLOCKS_AHEAD if self._apart else 0)
         self._begun: Callable[[], tuple[Block, Block]] | None = None
 
     def while_rounding(self) -> None:
@@ -190,7 +193,7 @@ def quantized_weights(path: Path, device: str) -> dict[str, Tensor]:
 def told(folder: Path) -> dict[str, dict[str, float]]:
     """What a manifest says, by whole names: each block's error; and of linears that could not be done in the usual way the damping that a
     Hessian took where it was more than for the others, input channels that the text never reached, tokens of experts that saw so few that
-    all stood in for them."""
+    all stood in for them; linears that were rounded as they are, since the text said too little of what to aim at instead."""
     notes: dict[str, Mapping[str, float]] = {}
     for path in sorted(folder.glob("block-*.errors.json")):
         notes |= json.loads(path.read_text())
@@ -199,6 +202,7 @@ def told(folder: Path) -> dict[str, dict[str, float]]:
         "raised_damping": {name: noted["damping"] for name, noted in notes.items() if noted.get("damping", 0.0) > usual},
         "unseen_channels": {name: noted["unseen_channels"] for name, noted in notes.items() if noted.get("unseen_channels")},
         "experts_of_few_tokens": {name: noted["tokens"] for name, noted in notes.items() if "stood_in" in noted},
+        "unaimed": {name: 1.0 for name, noted in notes.items() if noted.get("aim_ridge") == 0},
         "block_errors": {name: noted["block_error"] for name, noted in notes.items() if "block_error" in noted},
     }
     return {what: names for what, names in found.items() if names}

@@ -47,6 +47,11 @@ class Job:
     def sees_tokens(self) -> bool:
         return any(method.module.SEES_TOKENS for method in (self.rounder, *self.own.values()))
 
+    @property
+    def sees_floats(self) -> bool:
+        """Whether a method asks what the float model reads where the quantized one does."""
+        return any(method.module.SEES_FLOATS for method in (self.rounder, *self.own.values()))
+
     def rounder_of(self, name: str) -> Method:
         return self.own.get(name, self.rounder)
 
@@ -102,19 +107,17 @@ def round_block(
     are those of the rescaled sites, where no `walk` is asked; `devices` share the work. `meanwhile` is called before the last site is
     rounded, when nobody waits for the windows."""
     architecture, prefix = block.architecture, block.architecture.prefix(block.layer)
-    chosen = {linear.name for site in architecture.sites for linear, _ in _rounded_at(block, site, job)}
-    floats = {name: to_half(tensor, prefix + name) for name, tensor in block.weights.items() if name.removesuffix(".weight") not in chosen}
-    block = block.with_weights({name: tensor.float() for name, tensor in floats.items()})
+    block, floats = stored(block, job)
+    source = block if job.sees_floats else None
     block = replace(block, activations=activations(block, job))
     linears: dict[str, QuantizedLinear] = {}
     notes: dict[str, dict[str, float]] = {}
     norms: list[Tensor] = []
     for site in architecture.sites:
-        moments = stats[site] if walk is None else walk.gram(block, site)
-        gram = moments.matrix if isinstance(moments, Moments) else moments
+        moments = stats[site] if walk is None else walk.gram(block, site, source)
         if site == architecture.sites[-1]:
             meanwhile()
-        for linear, made in _round_site(block, _rounded_at(block, site, job), gram, job, devices):
+        for linear, made in _round_site(block, _rounded_at(block, site, job), moments, job, devices):
             notes[prefix + linear.name] = {**made.notes, **_sent(moments.sent, linear)}
             norms.append(made.norms)
             linears[linear.name] = made.linear
@@ -122,6 +125,14 @@ def round_block(
     for noted, (off, of) in zip(notes.values(), torch.stack(norms).tolist() if norms else (), strict=True):  # a GPU is waited for once
         noted["error"] = off / max(of, 1e-30)
     return Rounded(linears, floats, notes), dict(block.weights)
+
+
+def stored(block: Block, job: Job) -> tuple[Block, dict[str, Tensor]]:
+    """The block with all that is not rounded as an artifact holds it, and those tensors, float16."""
+    chosen = {linear.name for site in block.architecture.sites for linear, _ in _rounded_at(block, site, job)}
+    prefix, kept = block.architecture.prefix(block.layer), (name for name in block.weights if name.removesuffix(".weight") not in chosen)
+    floats = {name: to_half(block.weights[name], prefix + name) for name in kept}
+    return block.with_weights({name: tensor.float() for name, tensor in floats.items()}), floats
 
 
 def _sent(sent: int | None, linear: Linear) -> dict[str, float]:
@@ -159,10 +170,10 @@ class _Made:
 
 
 def _round_site(
-    block: Block, chosen: Sequence[tuple[Linear, Scheme]], gram: Tensor | SiteStats, job: Job, devices: Sequence[str]
+    block: Block, chosen: Sequence[tuple[Linear, Scheme]], moments: Moments | SiteStats, job: Job, devices: Sequence[str]
 ) -> Iterator[tuple[Linear, _Made]]:
     """Rounds the linears of one site that have one scheme and one method together, since they share inputs: rows are independent."""
-    prefix = block.architecture.prefix(block.layer)
+    prefix, gram = block.architecture.prefix(block.layer), moments.matrix if isinstance(moments, Moments) else moments
     alike: dict[tuple[Scheme, str], list[Linear]] = {}
     for linear, scheme in chosen:
         method = job.rounder_of(prefix + linear.name)
@@ -170,13 +181,24 @@ def _round_site(
     for (scheme, _), linears in alike.items():
         method = job.rounder_of(prefix + linears[0].name)
         stacked = torch.cat([block.weights[f"{linear.name}.weight"].float() for linear in linears])
-        found: Rounding = method.module.round_weights(stacked, gram, scheme, method.knobs, devices)
+        found = _round(stacked, moments, scheme, method, devices)
         sizes, rounded = [linear.out_features for linear in linears], found.linear.dequantize()
         norms = _norms(stacked, found, rounded, sizes, gram)
         parts = zip(*(torch.split(part, sizes) for part in (found.linear.codes, found.linear.scale, found.linear.zero)), strict=True)
         for linear, (codes, scale, zero), weight, both in zip(linears, parts, torch.split(rounded, sizes), norms, strict=True):
             made = QuantizedLinear(codes.contiguous(), scale.contiguous(), zero.contiguous(), scheme)
             yield linear, _Made(made, weight, found.notes, both)
+
+
+def _round(weight: Tensor, moments: Moments | SiteStats, scheme: Scheme, method: Method, devices: Sequence[str]) -> Rounding:
+    """Codes for `weight` [out, in], or for what a method aims at instead of it; `norms` are of the weight's own outputs."""
+    gram = moments.matrix if isinstance(moments, Moments) else moments
+    if not (method.module.SEES_FLOATS and isinstance(moments, Moments) and moments.apart is not None):
+        made: Rounding = method.module.round_weights(weight, gram, scheme, method.knobs, devices)
+        return made
+    wanted, notes = method.module.aim(weight, moments.matrix, moments.apart, method.knobs)
+    made = method.module.round_weights(wanted, gram, scheme, method.knobs, devices)
+    return replace(made, notes={**made.notes, **notes}, norms=None)
 
 
 def _norms(weight: Tensor, made: Rounding, rounded: Tensor, sizes: list[int], gram: Tensor | SiteStats) -> list[Tensor]:

@@ -88,7 +88,10 @@ def observed(block: Block, h: Tensor) -> tuple[dict[Site, SiteStats], Tensor]:
 def test_a_module_is_what_the_slot_asks_for(name: str) -> None:
     module = METHODS[name]
     assert issubclass(module.Knobs, Frozen) and isinstance(module.VERSION, int) and module.KIND in ("rescale", "round")
-    assert callable(module.rescale) if module.KIND == "rescale" else isinstance(module.SEES_TOKENS, bool)
+    assert callable(module.rescale) if module.KIND == "rescale" else callable(module.round_weights)
+    if module.KIND == "round":  # what float tokens are compared with are those of a walk
+        assert isinstance(module.SEES_TOKENS, bool) and module.SEES_FLOATS in (False, module.SEES_TOKENS)
+        assert not module.SEES_FLOATS or callable(module.aim)
     reasons = [module.accepts(scheme) for scheme in (*SCHEMES, *W8A8)]
     assert None in reasons
     for reason in filter(None, reasons):  # goes on from "method <name> ", and gives both values

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from buildsys.io import checkpoint
 from buildsys.quant.block import Block
-from buildsys.quant.observe import GRAM_BLOCK, PART, STRIP, SiteStats, Squares, calibrate, few, gram_blocks, load_stats
+from buildsys.quant.observe import GRAM_BLOCK, SiteStats, calibrate, few, gram_blocks, load_stats
 from buildsys.quant.parallel import tensor_cores
 from buildsys.quant.rotary import tables
 from buildsys.quant.search import gram_norm
 from buildsys.quant.stream import Walk
+from buildsys.quant.sums import PART
 from buildsys.step import Resources
 from tests import models
 
@@ -134,19 +135,6 @@ def test_threads_and_batch_change_no_byte(family: str, tmp_path: Path) -> None:
         calibrate(model, tokens, folder, Resources(threads, batch), quiet)
         written.append([path.read_bytes() for path in sorted(folder.iterdir())])
     assert len(written[0]) == 2 and written[0] == written[1] == written[2]
-
-
-@pytest.mark.parametrize("width", [40, 2 * STRIP + 8])
-@pytest.mark.parametrize("windows", [1, 2 * PART + 1])
-def test_squares_are_the_whole_gram_matrix(width: int, windows: int) -> None:
-    xs = [torch.randn(9, width, generator=torch.Generator().manual_seed(at)) for at in range(windows)]
-    squares = Squares(width, "cpu")
-    parts = squares.parts(range(windows))
-    assert [at for part in parts for at in part] == list(range(windows)) and max(map(len, parts)) <= PART
-    for part in parts:
-        squares.add(squares.of(xs[at] for at in part))
-    together = torch.cat(xs).double()
-    torch.testing.assert_close(squares.sum().double(), together.t() @ together, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from buildsys.errors import BuildError
-from buildsys.methods import awq, gptq, rtn
+from buildsys.methods import awq, gptaq, gptq, rtn
 from buildsys.quant.block import Block
 from buildsys.quant.blocks import load_block
 from buildsys.quant.fold import fold, tied_channels
@@ -26,7 +26,7 @@ from buildsys.quant.observe import calibrate, load_stats
 from buildsys.quant.quantize import block_name, errors_name, quantize, quantized_weights, told
 from buildsys.quant.rotary import tables
 from buildsys.quant.rounding import Job, Method, rescale, round_block, to_half
-from buildsys.quant.stream import ERROR_TOKENS, Walk
+from buildsys.quant.stream import ERROR_TOKENS, Apart, Walk
 from buildsys.scheme import Scheme, Schemes
 from buildsys.step import Resources
 from tests import models
@@ -35,8 +35,10 @@ LENGTH, LAYERS, SCHEME = 24, 3, Scheme(4, 32)
 ALL = Schemes(SCHEME)
 SIZES = {"num_hidden_layers": LAYERS, "hidden_size": 64, "intermediate_size": 96}
 AWQ, GPTQ, RTN = Method(awq, awq.Knobs(ratios=4)), Method(gptq, gptq.Knobs()), Method(rtn, rtn.Knobs())
+GPTAQ = Method(gptaq, gptaq.Knobs())
 JOBS = {
     "awq gptq": Job(ALL, (AWQ,), GPTQ),
+    "awq gptaq": Job(ALL, (AWQ,), GPTAQ),
     "gptq": Job(ALL, (), GPTQ),
     "awq rtn": Job(ALL, (AWQ,), RTN),
     "rtn": Job(ALL, (), RTN),
@@ -78,12 +80,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return bench(tmp_path_factory.mktemp("llama"))
 
 
-def reads(block: Block, hidden: list[Tensor]) -> dict[str, list[Tensor]]:
-    """What is read at each site, window by window; where an expert is sent few tokens, all of them."""
-    a = block.architecture
+def reads(block: Block, hidden: list[Tensor], routing: list[Any] | None = None) -> tuple[dict[str, list[Tensor]], list[Any]]:
+    """What is read at each site, window by window; where an expert is sent few tokens, all of them. Experts are sent what `routing` says,
+    or what the block's own router says, which comes back."""
+    a, sent = block.architecture, []
     found: dict[str, list[Tensor]] = {site: [] for site in a.sites}
     every: dict[str, list[Tensor]] = {site: [] for site in a.sites}
-    for h in hidden:
+    for at, h in enumerate(hidden):
         x = block.attn_in(h)
         o_in = block.o_in(x, tables(a, LENGTH))
         mlp_in = block.mlp_in(block.after_attention(h, o_in))
@@ -93,17 +96,18 @@ def reads(block: Block, hidden: list[Tensor]) -> dict[str, list[Tensor]]:
             found["mlp_in"].append(mlp_in)
             found["down_in"].append(block.down_in(mlp_in))
             continue
-        for expert, (tokens, _) in enumerate(block.routed(mlp_in, a.experts)):
-            for kept, sent in ((found, mlp_in[tokens]), (every, mlp_in)):
-                kept[f"mlp_in.{expert}"].append(sent)
-                kept[f"down_in.{expert}"].append(block.down_in(sent, expert))
+        sent.append(block.routed(mlp_in, a.experts) if routing is None else routing[at])
+        for expert, (tokens, _) in enumerate(sent[-1]):
+            for kept, shown in ((found, mlp_in[tokens]), (every, mlp_in)):
+                kept[f"mlp_in.{expert}"].append(shown)
+                kept[f"down_in.{expert}"].append(block.down_in(shown, expert))
     starved = [site for site in a.sites if every[site] and 16 * sum(map(len, found[site])) < a.width(site)]
-    return found | {site: every[site] for site in starved}
+    return found | {site: every[site] for site in starved}, sent
 
 
 def twin(bench: Bench, job: Job) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Codes and final weights of every block; all stay in memory, and each linear's inputs come from forwards through all before it."""
-    a, done = bench.model.architecture, []
+    a, done, sources = bench.model.architecture, [], []
     found: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
     for layer in range(a.layers):
         block, stats = bench.model.block(layer), load_stats(bench.stats / block_name(layer))
@@ -114,23 +118,49 @@ def twin(bench: Bench, job: Job) -> list[tuple[dict[str, Tensor], dict[str, Tens
                 block = block.with_weights(fold(a, block.weights, site, scale))
         linears = {f"{linear.name}.weight" for linear in a.linears}
         block = block.with_weights({name: tensor.half().float() for name, tensor in block.weights.items() if name not in linears})
-        codes: dict[str, Tensor] = {}
+        codes, source = dict[str, Tensor](), block
         for site in a.sites:
-            hidden = bench.model.embed(bench.tokens)
-            for earlier in done:
+            hidden, floats = ([*bench.model.embed(bench.tokens)] for _ in range(2))
+            for earlier, float_earlier in zip(done, sources, strict=True):
                 hidden = [earlier.forward(h, tables(a, LENGTH)) for h in hidden]
+                floats = [float_earlier.forward(h, tables(a, LENGTH)) for h in floats]
             # One window's sum after the other: another order would differ in last bits, and GPTQ's ties with them.
-            read = reads(block, hidden)[site]
+            all_read, sent = reads(block, hidden)
+            read = all_read[site]
             gram = sum((x.t() @ x for x in read), torch.tensor(0.0)) / sum(map(len, read))
             stacked = torch.cat([block.weights[f"{linear.name}.weight"] for linear in a.at(site)])
-            rounded, row = job.rounder.module.round_weights(stacked, gram, SCHEME, job.rounder.knobs).linear, 0
+            wanted, module = stacked, job.rounder.module
+            if module.SEES_FLOATS:
+                seen = apart(block, source, site, hidden, floats, read, reads(source, floats, sent)[0][site])
+                wanted, _ = module.aim(stacked, gram, seen, job.rounder.knobs)
+            rounded, row = module.round_weights(wanted, gram, SCHEME, job.rounder.knobs).linear, 0
             for linear in a.at(site):
                 rows = slice(row, row + linear.out_features)
                 row, codes[linear.name] = rows.stop, rounded.codes[rows]
                 block = block.with_weights({f"{linear.name}.weight": rounded.dequantize()[rows]})
         done.append(block)
+        sources.append(source)
         found.append((codes, dict(block.weights)))
     return found
+
+
+def apart(
+    block: Block, source: Block, site: str, hidden: list[Tensor], floats: list[Tensor], read: list[Tensor], wanted: list[Tensor]
+) -> Apart:
+    """How far what is `read` is from what is `wanted`; where it goes back to the residual stream, how far that is behind it."""
+    tokens, writes = [0, 0], site in ("o_in", "down_in")
+    sums = torch.zeros(2, block.architecture.hidden_size if writes else read[0].shape[1], read[0].shape[1])
+    for at, (h, float_h, x, y) in enumerate(zip(hidden, floats, read, wanted, strict=True)):
+        if site == "down_in":
+            h, float_h = (
+                of.after_attention(at_start, of.o_in(of.attn_in(at_start), tables(of.architecture, LENGTH)))
+                for of, at_start in ((block, h), (source, float_h))
+            )
+        after = "after_attention" if site == "o_in" else "after_mlp"
+        off = getattr(source, after)(float_h, y) - getattr(block, after)(h, x) if writes else y - x
+        sums[at % 2] += off.t() @ x
+        tokens[at % 2] += len(x)
+    return Apart(sums / torch.tensor(tokens)[:, None, None].clamp(min=1), (tokens[0], tokens[1]), writes)
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -148,7 +178,7 @@ def test_the_walk_is_the_slow_twin(family: str, job: str, tmp_path: Path) -> Non
             assert torch.equal(tensor.float(), weights[name])
 
 
-@pytest.mark.parametrize("job", ["awq gptq", "rtn"])
+@pytest.mark.parametrize("job", ["awq gptq", "awq gptaq", "rtn"])
 def test_a_killed_walk_goes_on_from_its_finished_blocks(job: str, llama: Bench, tmp_path: Path) -> None:
     undisturbed = llama.quantize(JOBS[job], tmp_path / "whole")
     assert set(undisturbed) == {name(layer) for layer in range(LAYERS) for name in (block_name, errors_name)}
@@ -217,7 +247,7 @@ class TwoDevices(Resources):
         return "cpu:0", "cpu:1"
 
 
-@pytest.mark.parametrize("job", ["awq gptq", "awq rtn"])
+@pytest.mark.parametrize("job", ["awq gptq", "awq gptaq", "awq rtn"])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_devices_that_share_the_work_make_what_one_makes(family: str, job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit where blocks know nothing of one another; where windows are summed in two parts, to the last bits of the sums. So too
@@ -271,9 +301,9 @@ def test_one_device_begins_the_next_block_once_this_one_is_rounded(family: str, 
         assert not any(later.is_set() for later in rescaled[block.layer + 1 :])
         return found
 
-    def finished(walk: Walk, block: Block) -> None:
+    def finished(walk: Walk, block: Block, source: Block | None) -> None:
         began.append(rescaled[block.layer + 1].wait(timeout=5 if family == "llama" else 0.2))
-        finish(walk, block)
+        finish(walk, block, source)
 
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr("buildsys.quant.stream._room", lambda _: 0)
@@ -287,10 +317,11 @@ def test_one_device_begins_the_next_block_once_this_one_is_rounded(family: str, 
     assert found == made.quantize(JOBS["awq gptq"], tmp_path / "cpu")
 
 
+@pytest.mark.parametrize("job", ["awq gptq", "awq gptaq"])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_threads_and_batch_change_no_byte(family: str, tmp_path: Path) -> None:
+def test_threads_and_batch_change_no_byte(family: str, job: str, tmp_path: Path) -> None:
     made = bench(tmp_path, family)
-    runs = [made.quantize(JOBS["awq gptq"], tmp_path / f"{t}-{b}", Resources(t, b)) for t in (1, 3) for b in (1, 8)]
+    runs = [made.quantize(JOBS[job], tmp_path / f"{t}-{b}", Resources(t, b)) for t in (1, 3) for b in (1, 8)]
     assert all(run == runs[0] for run in runs)
 
 

@@ -68,18 +68,68 @@ def test_each_site_sees_the_linears_rounded_before_it(family: str, threads: int,
         done.append(block)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_the_float_model_is_walked_beside(family: str, threads: int, tmp_path: Path) -> None:
+    """What it reads less what is read here; where a linear writes to the residual stream, that stream behind it with its weights as they
+    are. Experts are compared by the tokens that they are sent here."""
+    model, tokens = model_of(family, tmp_path), models.tokens(3, LENGTH)
+    walk, done, rotary = Walk(model, tokens, Resources(threads, 2), beside=True), [], tables(model.architecture, LENGTH)
+    for layer in range(3):
+        block = source = model.block(layer)
+        for site in model.architecture.sites:
+            found = walk.gram(block, site, source).apart
+            assert found is not None and found.of_outputs == (site in ("o_in", "down_in"))
+            expected, seen = torch.zeros_like(found.crossed), [0, 0]
+            for at, h in enumerate(model.embed(tokens)):
+                float_h = h
+                for earlier, float_earlier in done:
+                    h, float_h = earlier.forward(h, rotary), float_earlier.forward(float_h, rotary)
+                x, float_x = read_at(block, site, h), read_at(source, site, float_h)
+                y = float_x - x if "." not in site else read_by(block, source, site, h, float_h) - x
+                if found.of_outputs:
+                    y = behind(source, site, float_h, float_x) - behind(block, site, h, x)
+                expected[at % 2] += y.t() @ x
+                seen[at % 2] += len(x)
+            assert found.tokens == tuple(seen)
+            torch.testing.assert_close(found.crossed, expected / torch.tensor(seen)[:, None, None].clamp(min=1), rtol=1e-4, atol=1e-6)
+            block = coarse(block, site)
+        walk.finish(block, source)
+        done.append((block, source))
+
+
+def behind(block: Block, site: Site, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The residual stream behind what reads `x` at o_in or down_in, from the block's input."""
+    if site == "o_in":
+        return block.after_attention(h, x)
+    return block.after_mlp(block.after_attention(h, read_at(block, "o_in", h)), x)
+
+
+def read_by(block: Block, source: Block, site: Site, h: torch.Tensor, float_h: torch.Tensor) -> torch.Tensor:
+    """What the float block reads at an expert's site of the tokens that this expert is sent in the quantized one."""
+    assert block.architecture.experts is not None
+    place, _, expert = site.partition(".")
+    here = block.mlp_in(block.after_attention(h, read_at(block, "o_in", h)))
+    x = source.mlp_in(source.after_attention(float_h, read_at(source, "o_in", float_h)))
+    x = x[block.routed(here, block.architecture.experts)[int(expert)][0]]
+    return x if place == "mlp_in" else source.down_in(x, int(expert))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_a_replayed_block_is_a_finished_one(family: str, tmp_path: Path) -> None:
     model, tokens = model_of(family, tmp_path), models.tokens(3, LENGTH)
-    walked, replayed = (Walk(model, tokens, Resources()) for _ in range(2))
-    block = model.block(0)
+    walked, replayed = (Walk(model, tokens, Resources(), beside=True) for _ in range(2))
+    block = source = model.block(0)
     for site in model.architecture.sites:
-        walked.gram(block, site)
+        walked.gram(block, site, source)
         block = coarse(block, site)
-    walked.finish(block)
-    replayed.replay(block)
+    walked.finish(block, source)
+    replayed.replay(block, source)
+    block = model.block(1)
     for site in model.architecture.sites:
-        assert torch.equal(walked.gram(model.block(1), site).matrix, replayed.gram(model.block(1), site).matrix)
+        one, other = walked.gram(block, site, block), replayed.gram(block, site, block)
+        assert torch.equal(one.matrix, other.matrix) and one.apart is not None and other.apart is not None
+        assert torch.equal(one.apart.crossed, other.apart.crossed) and one.apart.crossed.any()
 
 
 def test_all_tokens_stand_in_for_an_expert_that_is_sent_few(tmp_path: Path) -> None:
