@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IDENTICAL = re.compile(r"^tiny: identical, (\d+) steps, digest ([0-9a-f]{64})$", re.MULTILINE)
 THEN, NOW = gptq.VERSION, gptq.VERSION + 1
 VERSION = (f"VERSION = {THEN}\n", f"VERSION = {NOW}\n")
+FEWER_SWEEPS = ("scheme, knobs, devices)\n", 'scheme, knobs.model_copy(update={"sweeps": 1}), devices)\n')
 
 
 def reproduce(workspace: Path, *words: str, recipe: str = "tiny", **more: str) -> runs.Ran:
@@ -150,9 +151,7 @@ def test_a_version_alone_changes_nothing(tiny: Path, tmp_path: Path) -> None:
 def test_a_method_that_rounds_otherwise(tiny: Path, tmp_path: Path) -> None:
     """With its VERSION bumped that is the cause; without, nothing recorded is, and it says so."""
     workspace = runs.copy(tiny, tmp_path / "workspace")
-    environment = package(
-        tmp_path / "package", "methods/gptq.py", "compensated(part, by, grid), knobs.sweeps)", "compensated(part, by, grid), 1)"
-    )
+    environment = package(tmp_path / "package", "methods/gptq.py", *FEWER_SWEEPS)
     ran = reproduce(workspace, **environment)
     said = refused(ran)
     assert "quantize 4-bit g32 asymmetric, awq + gptq is the first step that differs" in said
@@ -186,7 +185,7 @@ def test_a_clone_with_a_lock_and_nothing_built(tiny: Path, tmp_path: Path) -> No
     clone = runs.copy(built, tmp_path / "clone", built=False)
     ran = reproduce(clone, "threads=2", "batch=3").fine()
     assert "tiny: beside the build that tiny.lock tells of" in ran.out
-    told = [IDENTICAL.search(text) for text in (ran.out, reproduce(tiny, "threads=1").fine().out)]
+    told = [IDENTICAL.search(text) for text in (ran.out, reproduce(runs.copy(tiny, tmp_path / "store"), "threads=1").fine().out)]
     assert told[0] and told[1] and told[0][0] == told[1][0], "the same digest as against the store"
 
 
@@ -194,8 +193,7 @@ def test_a_lock_names_the_cause_without_the_build(tiny: Path, tmp_path: Path) ->
     built = runs.copy(tiny, tmp_path / "built")
     lock(built)
     clone = runs.copy(built, tmp_path / "clone", built=False)
-    otherwise = "compensated(part, by, grid), knobs.sweeps)", "compensated(part, by, grid), 1)"
-    environment = package(tmp_path / "package", "methods/gptq.py", *otherwise)
+    environment = package(tmp_path / "package", "methods/gptq.py", *FEWER_SWEEPS)
     said = refused(reproduce(clone, **environment))
     assert "quantize 4-bit g32 asymmetric, awq + gptq is the first step that differs (digest " in said and "against=ARTIFACTS" in said
     runs.edit(tmp_path / "package" / "buildsys" / "methods" / "gptq.py", *VERSION)
