@@ -132,14 +132,17 @@ def _speed(recipe: Recipe, threads: int, device: str) -> effort.Speed:
 
 def builds(recipe: Recipe, surveyed: Survey, schemes: Schemes, speed: effort.Speed, finder: Finder) -> effort.Building:
     """What a clean build of the recipe takes on a machine of that speed."""
+    quantization = recipe.quantization
+    own = (override.method for override in quantization.overrides.values())
+    rounders = [chosen.module for chosen in (quantization.method[-1], *own) if chosen is not None]
     asked = {
         "samples": recipe.calibration.samples,
         "seqlen": recipe.calibration.seqlen,
         "verify_windows": recipe.verify.samples,
         "verify_seqlen": recipe.verify.seqlen,
         "verify_streams": 2 + len(scored_policies(recipe)),
-        "gptq": bool(recipe.quantization.method[-1].module.SEES_TOKENS),
-        "floats": bool(recipe.quantization.method[-1].module.SEES_FLOATS),
+        "gptq": any(module.SEES_TOKENS for module in rounders),
+        "floats": any(module.SEES_FLOATS for module in rounders),
         "sampled": tuple(
             (asked.samples, asked.seqlen)
             for asked, dataset in ((recipe.calibration, recipe.calibration.dataset), (recipe.verify, recipe.verify.text))
@@ -148,7 +151,7 @@ def builds(recipe: Recipe, surveyed: Survey, schemes: Schemes, speed: effort.Spe
         "apart": packed_apart(surveyed.architecture),
     }
     building = finder.building(surveyed, schemes, speed, **asked)
-    if not recipe.quantization.backend.module.TOOL:
+    if not quantization.backend.module.TOOL:
         return building
     ours = ("calibrate", "quantize")  # a tool's own seconds are not known
     return replace(building, seconds={kind: seconds for kind, seconds in building.seconds.items() if kind not in ours})

@@ -63,7 +63,7 @@ class Override(Frozen):
     bits: Bits | None = Field(default=None, description="bits a weight of these linears")
     group_size: GroupSize | None = Field(default=None, description="input channels of these linears that share one scale")
     symmetric: StrictBool | None = Field(default=None, description="fix the zeros of these linears at mid-range")
-    method: Method | None = Field(default=None, description="the method that rounds these linears: rtn or gptq")
+    method: Method | None = Field(default=None, description="the method that rounds these linears: rtn, gptq or gptaq")
     skip: StrictBool | None = Field(default=None, description="true: these linears stay float; false: they do not, whatever skip says")
 
     def scheme(self, default: Scheme) -> Scheme:

@@ -16,6 +16,7 @@ import runs
 
 from buildsys import gpus
 from buildsys.deployment import serving_with
+from buildsys.effort import Building
 from buildsys.errors import BuildError, BuildErrors
 from buildsys.gpus import KvPolicy
 from buildsys.misfits import misfits
@@ -185,6 +186,16 @@ def test_rounding_that_sees_no_tokens_reads_none(workspace: Path) -> None:
     for methods, sees in (("[awq, gptq]", True), ("[awq, rtn]", False), ("[rtn]", False)):
         made = planned(workspace, ("[awq, gptq]", methods)) if methods != "[awq, gptq]" else planned(workspace)
         assert ("tokens" in {need.role for need in made.quantized.needs}) == sees
+
+
+@pytest.mark.parametrize("less, more", [("rtn", "gptq"), ("gptq", "gptaq")])
+def test_what_a_build_takes_counts_every_method_that_rounds(workspace: Path, less: str, more: str) -> None:
+    def building(method: str, own: str) -> Building:
+        return planned(workspace, *overridden(f"down_proj: {{method: {own}}}"), ("[awq, gptq]", f"[awq,  {method}]")).building
+
+    alone, mixed, other = building(less, less), building(less, more), building(more, less)
+    assert alone.seconds["quantize"] < mixed.seconds["quantize"] == other.seconds["quantize"]
+    assert mixed.host_bytes == other.host_bytes >= alone.host_bytes
 
 
 # What a change changes

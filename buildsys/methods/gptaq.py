@@ -45,7 +45,7 @@ def aim(weight: Tensor, gram: Tensor, apart: Apart, knobs: Knobs) -> tuple[Tenso
     from buildsys.quant.aim import aimed
 
     found, ridge = aimed(weight, gram, apart, knobs.ridges)
-    return found, {"aim_ridge": ridge}
+    return found, {} if ridge is None else {"aim_ridge": ridge}
 
 
 def round_weights(weight: Tensor, gram: Tensor, scheme: Scheme, knobs: Knobs, devices: Sequence[str] = ()) -> Rounding:

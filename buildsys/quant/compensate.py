@@ -59,9 +59,7 @@ def unit_factor(gram: Tensor, damping: float, order: Tensor) -> tuple[Tensor, Te
     to make it H, [in], and the damping. H, R and what was added are in `order` [in]; `gram` is left alone.
 
     Damping grows tenfold while H is too near singular to factor."""
-    if not bool(torch.isfinite(torch.stack(torch.aminmax(gram))).all()):  # no damping mends it
-        fix = "look whether the model computes in float32 at all; skip this layer"
-        raise BuildError("quantize", "activations of the calibration text are NaN or infinite", fix)
+    refuse_infinite(gram)
     diagonal, failed = gram.diagonal()[order], torch.empty((), dtype=torch.int32, device=gram.device)
     mean = diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
     while True:
@@ -73,6 +71,13 @@ def unit_factor(gram: Tensor, damping: float, order: Tensor) -> tuple[Tensor, Te
         if not failed:
             return h.div_(h.diagonal().clone()[:, None]), added, damping
         damping *= 10
+
+
+def refuse_infinite(moments: Tensor) -> None:
+    """Sums over activations of which one was NaN or infinite: no damping mends those, and a factorisation only fails."""
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(moments))).all()):
+        fix = "look whether the model computes in float32 at all; skip this layer"
+        raise BuildError("quantize", "activations of the calibration text are NaN or infinite", fix)
 
 
 def _ordered(gram: Tensor, order: Tensor) -> Tensor:

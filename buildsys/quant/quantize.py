@@ -108,8 +108,9 @@ class _Work:
                 self.progress("quantize", layer + 1, architecture.layers)
 
     def _walked(self, rescaled: _Rescaled, walk: Walk, writer: Behind) -> tuple[Block, Block | None]:
-        """The next block rounded where the walk stands, and written: as an engine computes it, and as it was where a method sees that. Its
-        codes end here, packed."""
+        """The next block rounded where the walk stands, and written: as an engine computes it, and as it was where the float model is still
+        before its experts. Its codes end here, packed."""
+        architecture = self.model.architecture
         source, block = rescaled.next()
         wanted = walk.answers(source)
         del source  # as large as anything that is to come
@@ -119,7 +120,8 @@ class _Work:
         error = {"block_error": walk.error(finished, wanted)}
         notes = {**rounded.notes, block.architecture.prefix(block.layer).rstrip("."): error}
         self._write(writer, block.layer, replace(rounded, notes=notes))
-        return finished, stored(block, self.job)[0] if self.job.sees_floats else None
+        left_behind = self.job.sees_floats and architecture.experts is not None  # of a dense block all sites moved the float model on
+        return finished, stored(block, self.job)[0] if left_behind else None
 
     def observed(self, device: str, layers: Sequence[int], blocks_ahead: int) -> Iterator[tuple[Block, Mapping[Site, SiteStats]]]:
         """These blocks on a device, each with its statistics, from when the device is warm."""

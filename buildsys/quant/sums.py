@@ -68,7 +68,9 @@ class Products:
     def include(self, at: int, y: Tensor, x: Tensor) -> None:  # window `at`: [..., tokens, rows], [..., tokens, in]
         ys, xs = ((of.tensor_split(2) if of.dim() == 3 and len(of) > 1 else (of,)) for of in (y, x))
         for half, rows, columns in zip((at % 2,) if len(xs) == 1 else (0, 1), ys, xs, strict=True):
-            columns = columns.float() if self._device == "cpu" else columns.flatten(0, -2)
+            columns = columns.flatten(0, -2)
+            if self._device == "cpu" or columns.dtype == torch.float16:  # which may not hold how far two residual streams are apart
+                columns = columns.float()
             _add_product(self._totals[half], rows.flatten(0, -2).to(columns.dtype), columns)
             self._tokens[half] += len(columns)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from buildsys.methods import gptaq, gptq
 from buildsys.quant.model import Model
 from buildsys.quant.observe import calibrate
-from buildsys.quant.quantize import block_name, quantize, quantized_weights, told
+from buildsys.quant.quantize import block_name, quantize, quantized_weights
 from buildsys.quant.rotary import tables
 from buildsys.quant.rounding import Job, Method
 from buildsys.quant.stream import Apart
@@ -54,7 +54,6 @@ def test_the_end_of_the_model_is_nearer_to_the_float_model(family: str, tmp_path
     tokens, unseen = models.tokens(144, LENGTH)[:128], models.tokens(144, LENGTH)[128:]
     plain, aimed = (drift(model, tmp_path, Method(of, of.Knobs()), tokens, unseen) for of in (gptq, gptaq))
     assert aimed < 0.9 * plain
-    assert len(told(tmp_path / gptaq.__name__).get("unaimed", {})) < len(told(tmp_path / gptaq.__name__)["block_errors"]) * 3
 
 
 def test_an_edit_of_gptqs_codes_is_one_of_these() -> None:
@@ -70,3 +69,4 @@ def test_what_is_told_of_a_linear() -> None:
     assert notes == {"aim_ridge": 0.5} and not torch.equal(found, weight)
     _, notes = gptaq.aim(weight, gram, Apart(crossed, (400, 0), False), gptaq.Knobs())
     assert notes == {"aim_ridge": 0.0}
+    assert gptaq.aim(weight, gram, Apart(0 * crossed, (200, 200), False), gptaq.Knobs())[1] == {}

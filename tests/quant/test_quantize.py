@@ -8,7 +8,7 @@ import shutil
 import threading
 import weakref
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,17 @@ from buildsys.quant.observe import calibrate, load_stats
 from buildsys.quant.quantize import block_name, errors_name, quantize, quantized_weights, told
 from buildsys.quant.rotary import tables
 from buildsys.quant.rounding import Job, Method, rescale, round_block, to_half
-from buildsys.quant.stream import ERROR_TOKENS, Apart, Walk
+from buildsys.quant.stream import ERROR_TOKENS, Apart, Moments, Walk
+from buildsys.quant.sums import PART
 from buildsys.scheme import Scheme, Schemes
 from buildsys.step import Resources
 from tests import models
 
-LENGTH, LAYERS, SCHEME = 24, 3, Scheme(4, 32)
+LENGTH, LAYERS, MANY, SCHEME = 24, 3, 48, Scheme(4, 32)
 ALL = Schemes(SCHEME)
 SIZES = {"num_hidden_layers": LAYERS, "hidden_size": 64, "intermediate_size": 96}
 AWQ, GPTQ, RTN = Method(awq, awq.Knobs(ratios=4)), Method(gptq, gptq.Knobs()), Method(rtn, rtn.Knobs())
-GPTAQ = Method(gptaq, gptaq.Knobs())
+GPTAQ = Method(gptaq, gptaq.Knobs(ridges=(0.1, 1.0, 10.0, 100.0)))  # of little text much is believed only with a large one
 JOBS = {
     "awq gptq": Job(ALL, (AWQ,), GPTQ),
     "awq gptaq": Job(ALL, (AWQ,), GPTAQ),
@@ -64,12 +65,12 @@ class Bench:
         return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def bench(folder: Path, family: str = "llama") -> Bench:
+def bench(folder: Path, family: str = "llama", windows: int = 4) -> Bench:
     """`starved`: a mixture whose last expert is sent nothing."""
     starved = family == "starved"
     written = models.FAMILIES["mixtral" if starved else family](folder / "model", **SIZES, **({"num_local_experts": 5} if starved else {}))
     model = models.opened(models.starve(written) if starved else written)
-    tokens, stats = models.tokens(4, LENGTH), folder / "stats"
+    tokens, stats = models.tokens(windows, LENGTH), folder / "stats"
     stats.mkdir()
     calibrate(model, tokens, stats, Resources(), quiet)
     return Bench(model, tokens, stats)
@@ -78,6 +79,23 @@ def bench(folder: Path, family: str = "llama") -> Bench:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return bench(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def talkative(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """With as much text as it takes to aim by."""
+    return bench(tmp_path_factory.mktemp("talkative"), windows=MANY)
+
+
+def windows(job: str) -> int:
+    return MANY if JOBS[job].sees_floats else 4
+
+
+def aims(folder: Path) -> bool:
+    """Whether most linears were aimed at something else: else a test says nothing of how."""
+    noted = [json.loads(path.read_text()) for path in folder.glob("block-*.errors.json")]
+    ridges = {name: notes["aim_ridge"] for block in noted for name, notes in block.items() if "aim_ridge" in notes}
+    return len(ridges) > LAYERS and sum(map(bool, ridges.values())) > len(ridges) / 2
 
 
 def reads(block: Block, hidden: list[Tensor], routing: list[Any] | None = None) -> tuple[dict[str, list[Tensor]], list[Any]]:
@@ -109,31 +127,33 @@ def twin(bench: Bench, job: Job) -> list[tuple[dict[str, Tensor], dict[str, Tens
     """Codes and final weights of every block; all stay in memory, and each linear's inputs come from forwards through all before it."""
     a, done, sources = bench.model.architecture, [], []
     found: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+    scheme = job.schemes.default
     for layer in range(a.layers):
         block, stats = bench.model.block(layer), load_stats(bench.stats / block_name(layer))
         for method in job.rescalers:
             for site in reversed(a.scale_sites):
                 readers = [block.weights[f"{linear.name}.weight"] for linear in a.at(site)]
-                scale = method.module.rescale(readers, stats[site], tied_channels(a, site), SCHEME, method.knobs)
+                scale = method.module.rescale(readers, stats[site], tied_channels(a, site), scheme, method.knobs)
                 block = block.with_weights(fold(a, block.weights, site, scale))
         linears = {f"{linear.name}.weight" for linear in a.linears}
         block = block.with_weights({name: tensor.half().float() for name, tensor in block.weights.items() if name not in linears})
         codes, source = dict[str, Tensor](), block
+        if scheme.activations != "none":
+            block = replace(block, activations={linear.name: scheme.activations for linear in a.linears})
+        hidden, floats = ([*bench.model.embed(bench.tokens)] for _ in range(2))
+        for earlier, float_earlier in zip(done, sources, strict=True):
+            hidden = [earlier.forward(h, tables(a, LENGTH)) for h in hidden]
+            floats = [float_earlier.forward(h, tables(a, LENGTH)) for h in floats]
         for site in a.sites:
-            hidden, floats = ([*bench.model.embed(bench.tokens)] for _ in range(2))
-            for earlier, float_earlier in zip(done, sources, strict=True):
-                hidden = [earlier.forward(h, tables(a, LENGTH)) for h in hidden]
-                floats = [float_earlier.forward(h, tables(a, LENGTH)) for h in floats]
-            # One window's sum after the other: another order would differ in last bits, and GPTQ's ties with them.
             all_read, sent = reads(block, hidden)
             read = all_read[site]
-            gram = sum((x.t() @ x for x in read), torch.tensor(0.0)) / sum(map(len, read))
+            gram = in_parts([x.t() @ x for x in read if len(x)]) / sum(map(len, read))
             stacked = torch.cat([block.weights[f"{linear.name}.weight"] for linear in a.at(site)])
             wanted, module = stacked, job.rounder.module
             if module.SEES_FLOATS:
                 seen = apart(block, source, site, hidden, floats, read, reads(source, floats, sent)[0][site])
                 wanted, _ = module.aim(stacked, gram, seen, job.rounder.knobs)
-            rounded, row = module.round_weights(wanted, gram, SCHEME, job.rounder.knobs).linear, 0
+            rounded, row = module.round_weights(wanted, gram, scheme, job.rounder.knobs).linear, 0
             for linear in a.at(site):
                 rows = slice(row, row + linear.out_features)
                 row, codes[linear.name] = rows.stop, rounded.codes[rows]
@@ -144,31 +164,53 @@ def twin(bench: Bench, job: Job) -> list[tuple[dict[str, Tensor], dict[str, Tens
     return found
 
 
+def in_parts(sums: list[Tensor]) -> Tensor:
+    """Eight windows one after the other, then the next eight: another order would differ in last bits, and GPTQ's ties with them."""
+    parts = [sum(sums[start : start + PART], torch.tensor(0.0)) for start in range(0, len(sums), PART)]
+    return sum(parts, torch.tensor(0.0))
+
+
 def apart(
     block: Block, source: Block, site: str, hidden: list[Tensor], floats: list[Tensor], read: list[Tensor], wanted: list[Tensor]
 ) -> Apart:
     """How far what is `read` is from what is `wanted`; where it goes back to the residual stream, how far that is behind it."""
-    tokens, writes = [0, 0], site in ("o_in", "down_in")
-    sums = torch.zeros(2, block.architecture.hidden_size if writes else read[0].shape[1], read[0].shape[1])
+    tokens, writes, sums = [0, 0], site in ("o_in", "down_in"), list[Tensor]()
     for at, (h, float_h, x, y) in enumerate(zip(hidden, floats, read, wanted, strict=True)):
+        if not len(x):
+            continue
         if site == "down_in":
             h, float_h = (
-                of.after_attention(at_start, of.o_in(of.attn_in(at_start), tables(of.architecture, LENGTH)))
-                for of, at_start in ((block, h), (source, float_h))
+                of.after_attention(start, of.o_in(of.attn_in(start), tables(of.architecture, LENGTH)))
+                for of, start in ((block, h), (source, float_h))
             )
         after = "after_attention" if site == "o_in" else "after_mlp"
         off = getattr(source, after)(float_h, y) - getattr(block, after)(h, x) if writes else y - x
-        sums[at % 2] += off.t() @ x
+        sums.append(torch.zeros(2, off.shape[1], x.shape[1]))
+        sums[-1][at % 2] = off.t() @ x
         tokens[at % 2] += len(x)
-    return Apart(sums / torch.tensor(tokens)[:, None, None].clamp(min=1), (tokens[0], tokens[1]), writes)
+    return Apart(in_parts(sums) / torch.tensor(tokens)[:, None, None].clamp(min=1), (tokens[0], tokens[1]), writes)
 
 
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("family", ["llama", "internlm2", "qwen3", "phi3", "qwen3_moe", "starved"])
 def test_the_walk_is_the_slow_twin(family: str, job: str, tmp_path: Path) -> None:
-    made = bench(tmp_path, family)
+    made = bench(tmp_path, family, windows(job))
     made.quantize(JOBS[job], tmp_path / "out")
-    for layer, (codes, weights) in enumerate(twin(made, JOBS[job])):
+    assert aims(tmp_path / "out") == JOBS[job].sees_floats
+    is_the_twin(made, JOBS[job], tmp_path)
+
+
+@pytest.mark.parametrize("rounder", [GPTQ, GPTAQ], ids=["gptq", "gptaq"])
+def test_so_it_is_where_linears_round_what_they_read(rounder: Method, tmp_path: Path) -> None:
+    """The float model beside it rounds nothing."""
+    made, job = bench(tmp_path, windows=MANY), Job(Schemes(Scheme(4, 32, False, "int", "int8")), (), rounder)
+    made.quantize(job, tmp_path / "out")
+    assert aims(tmp_path / "out") == job.sees_floats
+    is_the_twin(made, job, tmp_path)
+
+
+def is_the_twin(made: Bench, job: Job, tmp_path: Path) -> None:
+    for layer, (codes, weights) in enumerate(twin(made, job)):
         linears, floats = load_block(tmp_path / "out" / block_name(layer))
         assert linears.keys() == codes.keys() and all(tensor.dtype == torch.float16 for tensor in floats.values())
         assert linears.keys() | floats.keys() == codes.keys() | {name for name in weights if name.removesuffix(".weight") not in codes}
@@ -179,8 +221,11 @@ def test_the_walk_is_the_slow_twin(family: str, job: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("job", ["awq gptq", "awq gptaq", "rtn"])
-def test_a_killed_walk_goes_on_from_its_finished_blocks(job: str, llama: Bench, tmp_path: Path) -> None:
-    undisturbed = llama.quantize(JOBS[job], tmp_path / "whole")
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_killed_walk_goes_on_from_its_finished_blocks(family: str, job: str, tmp_path: Path) -> None:
+    made = bench(tmp_path, family, windows(job))
+    undisturbed = made.quantize(JOBS[job], tmp_path / "whole")
+    assert aims(tmp_path / "whole") == JOBS[job].sees_floats
     assert set(undisturbed) == {name(layer) for layer in range(LAYERS) for name in (block_name, errors_name)}
     for finished in (0, 1, LAYERS):
         folder = tmp_path / str(finished)
@@ -192,7 +237,7 @@ def test_a_killed_walk_goes_on_from_its_finished_blocks(job: str, llama: Bench, 
             (folder / errors_name(finished)).write_text("{")  # killed between the two files of a block
             (folder / f".{block_name(finished)}.partial").write_bytes(b"half a block")
         before = {path.name: path.stat().st_ino for path in folder.glob("block-*.safetensors")}
-        assert llama.quantize(JOBS[job], folder) == undisturbed
+        assert made.quantize(JOBS[job], folder) == undisturbed
         assert all((folder / name).stat().st_ino == inode for name, inode in before.items()), "a finished block was made again"
 
 
@@ -257,9 +302,9 @@ def test_devices_that_share_the_work_make_what_one_makes(family: str, job: str, 
     monkeypatch.setattr("buildsys.quant.stream._room", lambda device: 3 * 4 * LENGTH * SIZES["intermediate_size"] // 2)  # one window of two
     monkeypatch.setattr("buildsys.quant.stream.KEEP_BYTES", 0)
     monkeypatch.setattr("buildsys.quant.quantize.quantized_weights", lambda path, device: quantized_weights(path, "cpu"))
-    made = bench(tmp_path, family)
+    made = bench(tmp_path, family, windows(job))
     alone = made.quantize(JOBS[job], tmp_path / "one")
-    assert not begun
+    assert not begun and aims(tmp_path / "one") == JOBS[job].sees_floats
     for kept in range(2):
         folder = tmp_path / str(kept)
         folder.mkdir()
@@ -320,9 +365,50 @@ def test_one_device_begins_the_next_block_once_this_one_is_rounded(family: str, 
 @pytest.mark.parametrize("job", ["awq gptq", "awq gptaq"])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_threads_and_batch_change_no_byte(family: str, job: str, tmp_path: Path) -> None:
-    made = bench(tmp_path, family)
+    made = bench(tmp_path, family, windows(job))
     runs = [made.quantize(JOBS[job], tmp_path / f"{t}-{b}", Resources(t, b)) for t in (1, 3) for b in (1, 8)]
-    assert all(run == runs[0] for run in runs)
+    assert all(run == runs[0] for run in runs) and aims(tmp_path / "3-8") == JOBS[job].sees_floats
+
+
+def test_what_the_text_says_too_little_of_is_told(llama: Bench, tmp_path: Path) -> None:
+    llama.quantize(Job(ALL, (), Method(gptaq, gptaq.Knobs(ridges=(1e-6,)))), tmp_path)
+    first = {f"model.layers.0.self_attn.{part}_proj" for part in "qkv"}  # at which both models read the same
+    every = {f"model.layers.{layer}.{linear.name}" for layer in range(LAYERS) for linear in llama.model.architecture.linears}
+    assert told(tmp_path)["unaimed"].keys() == every - first
+
+
+def test_some_linears_are_aimed_and_others_are_not(talkative: Bench, tmp_path: Path) -> None:
+    """By what rounds each; of what nothing came before there is nothing to aim at."""
+    downs = {f"model.layers.{layer}.mlp.down_proj" for layer in range(LAYERS)}
+    for rounder, other, aimed in ((GPTQ, GPTAQ, True), (GPTAQ, GPTQ, False)):
+        folder = tmp_path / rounder.module.__name__
+        talkative.quantize(Job(ALL, (), rounder, dict.fromkeys(downs, other)), folder)
+        noted = {name: notes for layer in range(LAYERS) for name, notes in json.loads((folder / errors_name(layer)).read_text()).items()}
+        found = {name for name, notes in noted.items() if "aim_ridge" in notes}
+        first = {f"model.layers.0.self_attn.{part}_proj" for part in "qkv"}
+        others = {name for name in noted if name.endswith("_proj")} - downs - first
+        assert found == (downs if aimed else others) and len(others) == 6 * LAYERS - 3
+        assert told(folder).get("unaimed", {}).keys() == {name for name in found if not noted[name]["aim_ridge"]} != found
+    talkative.quantize(JOBS["gptq"], tmp_path / "plain")
+    plain, mixed = (load_block(tmp_path / at / block_name(0))[0] for at in ("plain", gptq.__name__))
+    assert all(torch.equal(plain[name].codes, mixed[name].codes) for name in plain if name != "mlp.down_proj")
+    assert not torch.equal(plain["mlp.down_proj"].codes, mixed["mlp.down_proj"].codes)
+
+
+def test_an_error_is_told_of_the_weight_and_not_of_what_was_aimed_at(llama: Bench) -> None:
+    @dataclass
+    class Elsewhere:
+        """The float model reads half as much again."""
+
+        def gram(self, block: Block, site: str, source: Block | None) -> Moments:
+            width = block.architecture.width(site)
+            return Moments(torch.eye(width), apart=Apart(0.5 * torch.eye(width).repeat(2, 1, 1), (100, 100), False))
+
+    walk: Any = Elsewhere()
+    rounded, _ = round_block(llama.model.block(0), Job(Schemes(Scheme(8, 32)), (), GPTAQ), {}, walk, ("cpu",))
+    assert len(rounded.notes) == 7
+    for notes in rounded.notes.values():
+        assert notes["error"] == pytest.approx((0.5 / (1 + notes["aim_ridge"])) ** 2, rel=0.01)
 
 
 def test_what_is_skipped_stays_float(llama: Bench, tmp_path: Path) -> None:
