@@ -366,7 +366,7 @@ def test_one_device_begins_the_next_block_once_this_one_is_rounded(family: str, 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_threads_and_batch_change_no_byte(family: str, job: str, tmp_path: Path) -> None:
     made = bench(tmp_path, family, windows(job))
-    runs = [made.quantize(JOBS[job], tmp_path / f"{t}-{b}", Resources(t, b)) for t in (1, 3) for b in (1, 8)]
+    runs = [made.quantize(JOBS[job], tmp_path / f"{t}-{b}", Resources(t, b)) for t, b in ((1, 1), (3, 1), (3, 8))]
     assert all(run == runs[0] for run in runs) and aims(tmp_path / "3-8") == JOBS[job].sees_floats
 
 
