@@ -32,6 +32,7 @@ INT8 = {"bits": 8, "group_size": -1, "symmetric": True, "activations": "int8"}
 FP8 = INT8 | {"number": "fp8", "activations": "fp8"}
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {  # name: the format, and quantization
     "w4a16-awq-gptq": ("awq", W4 | {"method": ["awq", "gptq"]}),
+    "w4a16-awq-gptaq": ("awq", W4 | {"method": ["awq", "gptaq"]}),
     "int8-rtn": ("smooth_quant", INT8 | {"method": ["rtn"]}),
     "int8-smoothquant-half-rtn": ("smooth_quant", INT8 | {"method": [{"smoothquant": {"alpha": 0.5}}, "rtn"]}),
     "int8-smoothquant-rtn": ("smooth_quant", INT8 | {"method": ["smoothquant", "rtn"]}),
@@ -41,6 +42,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {  # name: the format, and 
 }
 TITLES = {
     "w4a16-awq-gptq": "W4A16 g128, AWQ + GPTQ",
+    "w4a16-awq-gptaq": "W4A16 g128, AWQ + GPTAQ",
     "int8-rtn": "W8A8 int8, RTN",
     "int8-smoothquant-half-rtn": "W8A8 int8, SmoothQuant (alpha 0.5) + RTN",
     "int8-smoothquant-rtn": "W8A8 int8, SmoothQuant + RTN",
