@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from buildsys.quant.compensate import refuse_infinite
+from buildsys.quant.compensate import damped_factor, refuse_infinite
 from buildsys.quant.stream import Apart
 
 TRIED = 512  # outputs, evenly spread, that a ridge is chosen by
@@ -55,17 +55,8 @@ def _pulls(weight: Tensor, apart: Apart, rows: Tensor) -> Tensor:
 def _factor(gram: Tensor, ridge: float) -> tuple[Tensor, float]:
     """The Cholesky factor of H, lower triangular, with so much of its mean diagonal added or more, where H is too near singular, and how
     much it was."""
-    failed = torch.empty((), dtype=torch.int32, device=gram.device)
-    diagonal = gram.diagonal()
-    mean = diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    while True:
-        h = gram.clone()
-        h.diagonal().add_(torch.where(diagonal > 0, ridge * mean, mean))
-        # In place: of a wide layer every copy counts. Factors are kept column by column, which of a symmetric matrix is its transpose.
-        torch.linalg.cholesky_ex(h.t(), out=(h.t(), failed))
-        if not failed:
-            return h.t(), ridge
-        ridge *= 10
+    factor, _, ridge = damped_factor(gram.clone, ridge)
+    return factor.t(), ridge
 
 
 def _gain(gram: Tensor, pulls: Tensor, factor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ plane, which gives GPTQ's codes for the opposite order. One Cholesky factor is e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -60,16 +61,23 @@ def unit_factor(gram: Tensor, damping: float, order: Tensor) -> tuple[Tensor, Te
 
     Damping grows tenfold while H is too near singular to factor."""
     refuse_infinite(gram)
-    diagonal, failed = gram.diagonal()[order], torch.empty((), dtype=torch.int32, device=gram.device)
-    mean = diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
+    h, added, damping = damped_factor(lambda: _ordered(gram, order), damping)
+    return h.div_(h.diagonal().clone()[:, None]), added, damping
+
+
+def damped_factor(copied: Callable[[], Tensor], damping: float) -> tuple[Tensor, Tensor, float]:
+    """The Cholesky factor R of a second moment matrix's copy with a share of its mean diagonal added, upper triangular [in, in]; what was
+    added [in], and the share, which grows tenfold while the matrix is too near singular to factor."""
     while True:
+        h = copied()
+        diagonal, failed = h.diagonal().clone(), torch.empty((), dtype=torch.int32, device=h.device)
+        mean = diagonal.mean().clamp(min=torch.finfo(h.dtype).tiny)
         added = torch.where(diagonal > 0, damping * mean, mean)  # a channel never seen is rounded to nearest
-        h = _ordered(gram, order)
         h.diagonal().add_(added)
         # In place: of a wide layer every copy counts. Factors are kept column by column, which of a symmetric matrix is its transpose.
         torch.linalg.cholesky_ex(h.t(), out=(h.t(), failed))
         if not failed:
-            return h.div_(h.diagonal().clone()[:, None]), added, damping
+            return h, added, damping
         damping *= 10
 
 
